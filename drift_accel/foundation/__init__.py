@@ -1,0 +1,1 @@
+"""What every other room stands on: random streams, storage, collectives, provenance, the run folder, progress."""

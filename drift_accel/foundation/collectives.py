@@ -1,0 +1,90 @@
+"""Sums and agreements over the processes of a torch.distributed group.
+
+Everywhere in the package a group of None means "this process alone": nothing is communicated, even where
+torch.distributed is initialised. The group of all processes is `world_group()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed
+
+
+def world_group() -> distributed.ProcessGroup | None:
+    """The group of all processes, or None where there is one process or torch.distributed is not initialised."""
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    return distributed.group.WORLD
+
+
+def world_size(group: distributed.ProcessGroup | None) -> int:
+    """The number of processes in `group`, 1 for None. Raises ValueError if this process is not in the group."""
+    if group is None:
+        return 1
+    size = distributed.get_world_size(group)
+    if size < 1:
+        raise ValueError("this process is not a member of the group it was given")
+    return size
+
+
+def process_index(group: distributed.ProcessGroup | None) -> int:
+    """The place of this process in `group`, 0 for None. Raises ValueError if this process is not in the group."""
+    return distributed.get_rank(group) if world_size(group) > 1 else 0
+
+
+def packed_all_reduce(tensors: Sequence[Tensor], group: distributed.ProcessGroup | None) -> list[Tensor]:
+    """Sum each tensor over the processes of `group`, all of them in one message.
+
+    `tensors` have any shapes, the same ones in the same order on every process; the sums are new tensors of the same
+    shapes. With None the tensors are returned as they are. Raises ValueError, before anything is sent, for tensors of
+    several dtypes or devices and for tensors that carry a gradient, which the sum would cut silently.
+    """
+    tensors = list(tensors)
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"tensors that are summed in one message need one dtype and one device, got {names}")
+    if group is None or not tensors:
+        return tensors
+    world_size(group)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("the sum over processes is not differentiated; detach the tensors or use torch.no_grad()")
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])  # [sum of the sizes]
+    distributed.all_reduce(flat, op=distributed.ReduceOp.SUM, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def require_num_processes(asked: int | None, actual: int) -> None:
+    """Raise ValueError unless `actual` processes are the number that was `asked` for (None: any number will do)."""
+    if asked is None or asked == actual:
+        return
+    raise ValueError(
+        f"{asked} processes were asked for, but this run has {actual}. accelerate starts one process, or several that "
+        "know nothing of each other, without an error for `--cpu --num_processes N`, for `distributed_type: MULTI_CPU` "
+        "and for `distributed_type: MULTI_GPU` with `use_cpu: true`. On the GPUs of one machine type\n"
+        f"  accelerate launch --multi_gpu --num_processes {asked} --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no -m drift_accel.train ...\n"
+        "and on its CPU the same with ACCELERATE_USE_CPU=true in front."
+    )
+
+
+def require_agreement(value: str, name: str, group: distributed.ProcessGroup | None) -> None:
+    """Raise ValueError on every process of `group` unless all of them hold the same `value` of `name`.
+
+    For hashes of configurations and data: processes that differ would train on, each on something else. The message
+    gives the processes that differ from process 0 and their values. Every process of the group must call this.
+    """
+    num_processes = world_size(group)
+    if num_processes == 1:
+        return
+    values: list[str | None] = [None] * num_processes
+    distributed.all_gather_object(values, value, group=group)
+    different = [f"process {index} has {other!r}" for index, other in enumerate(values) if other != values[0]]
+    if different:
+        raise ValueError(
+            f"the processes do not have the same {name}: process 0 has {values[0]!r}, {', '.join(different)}; "
+            "start all of them with the same command, files and package version"
+        )
