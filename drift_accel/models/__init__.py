@@ -1,0 +1,47 @@
+"""Models: the generator, the masked autoencoder, the release's weights. Each loads its libraries on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .generator import GENERATOR_PRESETS, Generator, check_generator_config
+    from .masked_autoencoder import MAE_PRESETS, MaeLoss, MaskedAutoencoder, check_mae_config, expand_mask
+    from .official import load_official
+
+_HOMES = {
+    "GENERATOR_PRESETS": "generator",
+    "Generator": "generator",
+    "check_generator_config": "generator",
+    "MAE_PRESETS": "masked_autoencoder",
+    "MaeLoss": "masked_autoencoder",
+    "MaskedAutoencoder": "masked_autoencoder",
+    "check_mae_config": "masked_autoencoder",
+    "expand_mask": "masked_autoencoder",
+    "load_official": "official",
+}
+
+__all__ = [
+    "GENERATOR_PRESETS",
+    "MAE_PRESETS",
+    "Generator",
+    "MaeLoss",
+    "MaskedAutoencoder",
+    "check_generator_config",
+    "check_mae_config",
+    "expand_mask",
+    "load_official",
+]
+
+
+def __getattr__(name: str):
+    """Import the module that holds `name` when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)
