@@ -1,0 +1,169 @@
+"""Train a one-step generator: accelerate launch -m drift_accel.train --config train_configs/X.yaml --output_dir RUN
+
+The same command resumes an interrupted run. `--dry_run` checks and prints the configuration and touches nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from drift_accel.data import DataConfig, LabelledImages, open_source
+from drift_accel.data.samplers import small_classes
+from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig
+from drift_accel.drift.loss import require_backend
+from drift_accel.foundation.collectives import process_index, world_group
+from drift_accel.foundation.command_line import configuration_text, parse_command
+from drift_accel.foundation.run_folder import RunFolder
+from drift_accel.models.configuration import EncoderConfig, GeneratorConfig, load_encoder
+from drift_accel.training.configuration import TrainingConfig
+from drift_accel.training.generator_task import BatchConfig, GeneratorTask
+from drift_accel.training.launch import (
+    TORCH_TYPES,
+    closing_notes,
+    export_averages,
+    open_run,
+    place,
+    seeded_generator,
+    start_accelerator,
+)
+from drift_accel.training.loop import Hooks, TrainingState, resume, start_state, train
+from drift_accel.training.telemetry import Telemetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Pictures made during training, with the first average's weights. Raises ValueError for values that cannot work."""
+
+    columns: int = 8
+    """Samples of a class in a grid."""
+    max_classes: int = 10
+    """Classes in a grid, the first ones."""
+    guidance_scale: float = 1.0
+    """Guidance of the samples, at least 1."""
+
+    def __post_init__(self):
+        if self.columns < 1 or self.max_classes < 1:
+            counts = f"{self.columns} and {self.max_classes}"
+            raise ValueError(f"sample.columns and sample.max_classes are {counts}: give at least 1 each")
+        if self.guidance_scale < 1:
+            raise ValueError(f"sample.guidance_scale is {self.guidance_scale}: guidance starts at 1 (no guidance)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorTrainingConfig(TrainingConfig):
+    """Everything that decides a generator's training."""
+
+    generator: GeneratorConfig
+    encoder: EncoderConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.guidance.check_counts(self.batch.generated, self.batch.negatives)
+        if self.num_processes is not None:
+            self.batch.check_processes(self.num_processes)
+
+    def check_launch(self, num_processes: int) -> None:
+        """Also refuse labels that the launched processes cannot share."""
+        super().check_launch(num_processes)
+        self.batch.check_processes(num_processes)
+        require_backend(self.drift.backend)
+
+
+def check_fit(config: GeneratorTrainingConfig, encoder, source: LabelledImages) -> None:
+    """Raise ValueError where generator, encoder and data do not agree on shapes or classes."""
+    generator = config.generator.resolved()
+    shape = (generator["in_channels"], generator["input_size"], generator["input_size"])
+    if tuple(source.image_shape) != shape:
+        raise ValueError(
+            f"generator makes images of shape {shape} but the data has {tuple(source.image_shape)}: change generator"
+        )
+    if generator["num_classes"] < source.num_classes:
+        raise ValueError(f"generator.num_classes is {generator['num_classes']} but the data has {source.num_classes} classes")
+    if encoder.config.in_channels != shape[0]:
+        raise ValueError(
+            f"encoder.path {config.encoder.path} takes {encoder.config.in_channels} channels but the generator makes {shape[0]}"
+        )
+    if shape[1] % encoder.config.input_patch_size:
+        raise ValueError(
+            f"encoder.path {config.encoder.path} patchifies by {encoder.config.input_patch_size}, "
+            f"which does not divide the generator's {shape[1]}"
+        )
+
+
+def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: LabelledImages) -> Hooks:
+    """Sample grids with the first average's weights, as PNG and in TensorBoard."""
+    from drift_accel.sampling import class_grid_array, generate, save_class_grid
+
+    num_classes = min(config.sample.max_classes, source.num_classes)
+    labels = torch.arange(num_classes).repeat_interleave(config.sample.columns)
+
+    def sample(step: int, state: TrainingState, telemetry: Telemetry) -> None:
+        with state.averages.applied_to(state.task.model, config.ema.decays[0]) as model:
+            images = generate(model, labels, guidance_scale=config.sample.guidance_scale, seed=config.seed)
+        settings = {"class_names": source.class_names, "columns": config.sample.columns}
+        save_class_grid(images, labels, run.sample_path(step), **settings)
+        telemetry.add_image("samples", class_grid_array(images, labels, **settings), step)
+
+    return Hooks(on_sample=sample)
+
+
+def run_training(config: GeneratorTrainingConfig, output_dir) -> None:
+    """Train to the configured number of steps, from the newest checkpoint of the folder if there is one."""
+    from drift_accel.models import Generator
+
+    accelerator = start_accelerator(config)
+    source = open_source(config.data)
+    encoder = load_encoder(config.encoder)
+    check_fit(config, encoder, source)
+    run = open_run(output_dir, config, accelerator)
+
+    def work() -> None:
+        generator = Generator(**config.generator.arguments())
+        generator.initialize_weights(seeded_generator(config.seed, "generator_weights"))
+        task = GeneratorTask(
+            place(generator, config, accelerator.device),
+            place(encoder, config, accelerator.device),
+            source,
+            batch=config.batch,
+            guidance=config.guidance,
+            drift=config.drift,
+            features=config.features,
+            seed=config.seed,
+            device=accelerator.device,
+            dtype=TORCH_TYPES[config.precision],
+            rank=process_index(world_group()),
+            num_processes=accelerator.num_processes,
+            group=world_group(),
+        )
+        repeated = small_classes(source, config.batch.positives)
+        if repeated:
+            accelerator.print(f"classes with fewer than {config.batch.positives} images repeat some: {', '.join(repeated)}")
+        state = start_state(task, config, accelerator)
+        resume(state, run, accelerator.print)
+        train(state, config, run, make_hooks(config, run, source))
+        if accelerator.is_main_process:
+            for folder in export_averages(run, task.model, state.averages):
+                print(f"exported {folder}")
+
+    closing_notes(run, accelerator, work)
+    accelerator.end_training()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    command = parse_command(GeneratorTrainingConfig, __doc__, argv)
+    if command.dry_run:
+        print(configuration_text(command.config), end="")
+        return
+    run_training(command.config, command.output_dir)
+
+
+if __name__ == "__main__":
+    main()

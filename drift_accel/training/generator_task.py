@@ -1,0 +1,103 @@
+"""Training the generator: what a step draws, and its drifting loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drift_accel.data.labelled_images import LabelledImages
+from drift_accel.data.samplers import LABEL_ORDERS, draw_any_rows, draw_class_rows, draw_labels
+from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig, draw_guidance
+from drift_accel.foundation.random_streams import integer_draws, normal_draws, uniform_draws
+from drift_accel.training.step import DriftBatch, drift_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many labels and samples a step has. Raises ValueError for counts that cannot work."""
+
+    labels: int = 64
+    """Labels of a step over all processes; a multiple of the number of processes."""
+    generated: int = 64
+    """Generated samples a label (G)."""
+    positives: int = 64
+    """Real samples of the label's class (P)."""
+    negatives: int = 16
+    """Real samples of any class (N), which guidance pushes away from; 0 without guidance."""
+    label_order: str = "independent"
+    """"independent": each label drawn on its own, as the release does; "shuffled": every class once before any repeats."""
+
+    def __post_init__(self):
+        for name, at_least in (("labels", 1), ("generated", 1), ("positives", 1), ("negatives", 0)):
+            if getattr(self, name) < at_least:
+                raise ValueError(f"batch.{name} is {getattr(self, name)}: give an integer of at least {at_least}")
+        if self.label_order not in LABEL_ORDERS:
+            raise ValueError(f"batch.label_order is {self.label_order!r}: choose one of {', '.join(LABEL_ORDERS)}")
+
+    def check_processes(self, num_processes: int) -> None:
+        """Raise ValueError where the labels cannot be split evenly."""
+        if self.labels % num_processes:
+            raise ValueError(
+                f"batch.labels is {self.labels}, which {num_processes} processes cannot share evenly: "
+                f"use {self.labels // num_processes * num_processes or num_processes} labels or another number of processes"
+            )
+
+
+class GeneratorTask:
+    """The task of `drift_accel.train`: labels are split over processes, statistics are taken over all of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: nn.Module,
+        source: LabelledImages,
+        *,
+        batch: BatchConfig,
+        guidance: GuidanceConfig,
+        drift: DriftConfig,
+        features: FeatureConfig,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        num_processes: int = 1,
+        group=None,
+    ):
+        batch.check_processes(num_processes)
+        self.model, self.encoder, self.source = model, encoder, source
+        self.batch, self.guidance, self.drift, self.features = batch, guidance, drift, features
+        self.seed, self.device, self.dtype, self.group = seed, device, dtype, group
+        labels_here = batch.labels // num_processes
+        self.slots = range(rank * labels_here, (rank + 1) * labels_here)  # label slots of the global batch
+        self.num_samples = batch.labels * batch.generated
+
+    def draw(self, step: int) -> DriftBatch:
+        """This process's labels of a step with all their samples; slot by slot the same for any number of processes."""
+        counts, config, slots = self.batch, self.model.config, self.slots
+        labels = draw_labels(self.seed, step, counts.labels, self.source.num_classes, counts.label_order)[
+            slots.start : slots.stop
+        ]
+        uniforms = uniform_draws(self.seed, "guidance", step, slots, (2,), "float64")
+        guidance = draw_guidance(self.guidance, uniforms[:, 0], uniforms[:, 1])
+        positives = draw_class_rows(self.source, self.seed, step, slots, labels, counts.positives)
+        negatives = draw_any_rows(self.source, self.seed, step, slots, counts.negatives)
+        shape = (counts.generated, config.in_channels, config.input_size, config.input_size)
+        noise = normal_draws(self.seed, "noise", step, slots, shape)
+        styles = integer_draws(
+            self.seed, "styles", step, slots, (counts.generated, config.num_style_tokens), config.style_codebook_size
+        )
+        batch = DriftBatch(
+            labels=torch.from_numpy(labels),
+            guidance_scale=torch.from_numpy(guidance),
+            positives=torch.from_numpy(self.source.rows(positives)),
+            negatives=torch.from_numpy(self.source.rows(negatives)),
+            noise=torch.from_numpy(noise).flatten(0, 1),
+            style_indices=torch.from_numpy(styles).flatten(0, 1),
+            guidance_weighs=not self.guidance.conditioning_only,
+        )
+        return batch.to(self.device, self.dtype)
+
+    def compute(self, model: nn.Module, batch: DriftBatch, step: int, *, diagnostics: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The drifting loss of this process's labels and its metrics."""
+        result = drift_step(model, self.encoder, batch, self.drift, self.features, group=self.group, diagnostics=diagnostics)
+        return result.loss, {**result.metrics, "guidance_scale": batch.guidance_scale.mean()}

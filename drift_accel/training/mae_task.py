@@ -1,0 +1,98 @@
+"""Pretraining the feature encoder as a masked autoencoder, with a classifier in the last steps.
+
+Source: arXiv 2602.04770, appendix A.3.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from drift_accel.data.labelled_images import LabelledImages
+from drift_accel.data.samplers import draw_epoch_rows
+from drift_accel.foundation.random_streams import uniform_draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The classifier phase: total loss = lambda * classification + (1 - lambda) * reconstruction.
+
+    Raises ValueError for values that cannot work.
+    """
+
+    steps: int = 0
+    """Last steps of the run that train the classifier too; 0: none."""
+    weight: float = 0.1
+    """lambda after its warm-up, in [0, 1]."""
+    warmup_steps: int = 1000
+    """Steps over which lambda rises linearly from 0."""
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"classifier.steps is {self.steps}: give an integer of at least 0")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"classifier.weight is {self.weight}: give a share in [0, 1]")
+        if self.warmup_steps < 1:
+            raise ValueError(f"classifier.warmup_steps is {self.warmup_steps}: give an integer of at least 1")
+
+    def weight_at(self, step: int, total_steps: int) -> float:
+        """lambda of a step counted from 0: weight * min(1, k / warmup_steps), k steps into the phase."""
+        into_phase = step - (total_steps - self.steps)
+        return self.weight * min(1.0, max(0, into_phase) / self.warmup_steps) if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class MaeBatch:
+    """images [B,C,H,W], labels [B], mask [B,1,h,w] on the encoder's grid, 1 = hidden."""
+
+    images: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class MaeTask:
+    """The task of `drift_accel.train_mae`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: LabelledImages,
+        *,
+        batch_size: int,
+        mask_ratio: float,
+        classifier: ClassifierConfig,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
+        self.model, self.source = model, source
+        self.mask_ratio, self.classifier, self.total_steps = mask_ratio, classifier, total_steps
+        self.seed, self.device, self.dtype = seed, device, dtype
+        self.num_samples = batch_size
+        here = batch_size // num_processes
+        self.slots = np.arange(rank * here, (rank + 1) * here)
+
+    def draw(self, step: int) -> MaeBatch:
+        """This process's images of a step and their masks: patches hidden independently."""
+        rows = draw_epoch_rows(self.seed, step, self.slots, self.num_samples, len(self.source))
+        config = self.model.config
+        side = config.input_size // config.input_patch_size // config.mask_patch_size
+        uniforms = uniform_draws(self.seed, "mask", step, self.slots.tolist(), (1, side, side))
+        mask = self.model.expand_mask(torch.from_numpy((uniforms < self.mask_ratio).astype(np.float32)))
+        return MaeBatch(
+            images=torch.from_numpy(self.source.rows(rows)).to(self.device, self.dtype),
+            labels=torch.from_numpy(self.source.labels[rows]).to(self.device),
+            mask=mask.to(self.device, self.dtype),
+        )
+
+    def compute(self, model: nn.Module, batch: MaeBatch, step: int, *, diagnostics: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of this process's images; metrics are the means of its parts."""
+        weight = self.classifier.weight_at(step, self.total_steps)
+        parts = model(batch.images, batch.labels, batch.mask, lambda_cls=weight)
+        metrics = {name: value.detach().mean() for name, value in parts._asdict().items()}
+        metrics["classifier_weight"] = torch.full_like(metrics["loss"], weight)
+        return parts.loss.mean(), metrics
