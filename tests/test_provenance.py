@@ -62,7 +62,7 @@ def test_the_record_is_complete_and_json():
 
 def test_nothing_heavy_is_imported():
     code = ("import sys; from drift_accel.foundation.provenance import collect_provenance;"
-            "collect_provenance(command=[]); heavy = {'torch', 'diffusers', 'datasets', 'pyarrow'} & sys.modules.keys();"
+            "collect_provenance(command=[]);heavy = {'torch', 'diffusers', 'datasets', 'pyarrow'} & sys.modules.keys();"
             "sys.exit(f'imported: {heavy}' if heavy else 0)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr

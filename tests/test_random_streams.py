@@ -1,4 +1,4 @@
-"""foundation.random_streams: the same address gives the same numbers, another address others, nothing global is used."""
+"""foundation.random_streams: one address gives the same numbers, another one others, nothing global is used."""
 
 import numpy
 import pytest
@@ -9,7 +9,9 @@ from drift_accel.foundation.random_streams import integer_draws, normal_draws, r
 SHAPE = (2, 3)
 DRAWS = {
     "normal": lambda seed=5, stream="noise", index=7, slots=range(6): normal_draws(seed, stream, index, slots, SHAPE),
-    "uniform": lambda seed=5, stream="noise", index=7, slots=range(6): uniform_draws(seed, stream, index, slots, SHAPE),
+    "uniform": lambda seed=5, stream="noise", index=7, slots=range(6): uniform_draws(
+        seed, stream, index, slots, SHAPE
+    ),
     "integer": lambda seed=5, stream="noise", index=7, slots=range(6): integer_draws(
         seed, stream, index, slots, SHAPE, high=1 << 40
     ),
@@ -34,7 +36,8 @@ def test_every_part_of_the_address_counts(draw):
 
 
 def test_index_and_slot_are_not_exchangeable_and_blocks_do_not_run_into_the_next_slot():
-    words = [random_stream(1, "noise", index, slot).bit_generator.random_raw(4000) for index in range(3) for slot in range(3)]
+    streams = [random_stream(1, "noise", index, slot) for index in range(3) for slot in range(3)]
+    words = [stream.bit_generator.random_raw(4000) for stream in streams]
     assert len(numpy.unique(numpy.concatenate(words))) == 9 * 4000
 
 

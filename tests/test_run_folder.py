@@ -149,7 +149,7 @@ def test_a_difference_is_shown_and_refused(run, key, value, line):
     before = contents(run.path)
     asked = changed(key, value)
     asked["steps"] = 5
-    with pytest.raises(ValueError, match=rf"(?s){line}\n.*another --output_dir, or undo.*: checkpoint, steps") as caught:
+    with pytest.raises(ValueError, match=rf"(?s){line}\n.*another --output_dir, or.*: checkpoint, steps") as caught:
         run.open_configuration(asked, may_change=("steps", "checkpoint"))
     assert "steps: 1000000" not in str(caught.value)
     assert contents(run.path) == before

@@ -293,11 +293,9 @@ def check_content(folder: Path, letters: bytes) -> None:
 
 
 def test_killed_at_every_system_call(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(KILLED_AT_EVERY_CALL)
     root = tmp_path / "root"
     result = subprocess.run(
-        [sys.executable, script, root],
+        [sys.executable, "-c", KILLED_AT_EVERY_CALL, root],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,

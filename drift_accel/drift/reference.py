@@ -26,7 +26,7 @@ from drift_accel.drift.statistics import DistanceSums, DriftStatistics, NormSums
 SMALLEST_SQUARED_DISTANCE = 1e-8
 SELF_PAIR_PENALTY = 100.0
 # The floor under row * column is part of the method: at tau = 0.02 most pairs lie on it.
-AFFINITY_FLOOR = 1e-6
+LOG_AFFINITY_FLOOR = math.log(1e-6) / 2
 
 
 def distances_and_sums(problems: DriftProblems) -> tuple[Tensor, DistanceSums]:
@@ -73,13 +73,13 @@ def loss_and_gradient(
         y, w = _scaled_targets(problems, statistics), _target_weights(problems)
         for temperature in config.temperatures:
             coupling = _couple(problems, d, w, statistics, temperature)
-            coefficients = coupling.coefficients / statistics.field_norm(temperature)
-            if config.field == "per_temperature":
-                separate_losses = separate_losses + torch.bmm(coefficients, y).square().mean((1, 2))
-            summed = coefficients if summed is None else summed + coefficients
             if diagnostics:
                 for name, value in _diagnose(problems, coupling).items():
                     numbers[name][temperature] = value
+            coefficients = coupling.coefficients.div_(statistics.field_norm(temperature))
+            if config.field == "per_temperature":
+                separate_losses = separate_losses + torch.bmm(coefficients, y).square().mean((1, 2))
+            summed = coefficients if summed is None else summed.add_(coefficients)
         V = torch.bmm(summed, y)  # [B,G,S]
     loss = separate_losses if config.field == "per_temperature" else V.square().mean((1, 2))
     u = statistics.feature_scale(problems.num_features)
@@ -89,11 +89,11 @@ def loss_and_gradient(
 
 @dataclass(frozen=True)
 class Coupling:
-    """One temperature: affinities A [B,G,M] with their weights, coefficients c [B,G,M], pairs on the floor [B,G,M]."""
+    """One temperature: affinities A with their weights, coefficients c, log A before weights and floor; each [B,G,M]."""
 
     affinities: Tensor
     coefficients: Tensor
-    on_floor: Tensor
+    log_affinity: Tensor
 
 
 def _couple(problems: DriftProblems, d: Tensor, w: Tensor, scale: DriftStatistics, temperature: float) -> Coupling:
@@ -104,16 +104,21 @@ def _couple(problems: DriftProblems, d: Tensor, w: Tensor, scale: DriftStatistic
     logits = d * (-1 / (scale.normalised_distance_scale() * temperature))  # [B,G,M]
     logits.diagonal(dim1=1, dim2=2).sub_(SELF_PAIR_PENALTY / temperature)  # j = i < G
     normaliser = torch.logsumexp(logits, dim=2, keepdim=True) + torch.logsumexp(logits, dim=1, keepdim=True)
-    log_affinity = logits - normaliser / 2
-    floor = math.log(AFFINITY_FLOOR) / 2
-    on_floor = log_affinity <= floor
-    A = log_affinity.clamp_min(floor).exp() * w[:, None]  # [B,G,M]
+    log_affinity = logits.sub_(normaliser / 2)
+    A = log_affinity.clamp_min(LOG_AFFINITY_FLOOR).exp_().mul_(w[:, None])  # [B,G,M]
 
-    num_negative_targets = problems.num_generated + problems.num_negatives
-    A_negative, A_positive = A[..., :num_negative_targets], A[..., num_negative_targets:]
     # Each side is weighted by the other's mass, so that sum_j c_ij = 0 and the field does not depend on the origin.
-    c = torch.cat([-A_negative * A_positive.sum(-1, keepdim=True), A_positive * A_negative.sum(-1, keepdim=True)], dim=-1)
-    return Coupling(affinities=A, coefficients=c, on_floor=on_floor)
+    negative_mass, positive_mass = (side.sum(-1, keepdim=True) for side in _sides(problems, A))  # [B,G,1]
+    c = A.clone()
+    c_negative, c_positive = _sides(problems, c)
+    c_negative.mul_(-positive_mass)
+    c_positive.mul_(negative_mass)
+    return Coupling(affinities=A, coefficients=c, log_affinity=log_affinity)
+
+
+def _sides(problems: DriftProblems, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of [B,G,M] that repel (generated samples and negatives) and those that attract (positives), as views."""
+    return pairs.split([problems.num_generated + problems.num_negatives, problems.num_positives], dim=-1)
 
 
 DIAGNOSTICS = {
@@ -125,10 +130,9 @@ DIAGNOSTICS = {
 
 
 def _diagnose(problems: DriftProblems, coupling: Coupling) -> dict[str, Tensor]:
-    num_negative_targets = problems.num_generated + problems.num_negatives
-    negative, positive = coupling.affinities.split([num_negative_targets, problems.num_positives], dim=-1)
+    negative, positive = _sides(problems, coupling.affinities)
     return {
-        "floor_share": coupling.on_floor.to(negative.dtype).mean(),
+        "floor_share": (coupling.log_affinity <= LOG_AFFINITY_FLOOR).to(negative.dtype).mean(),
         "positive_sample_size": _effective_sample_size(positive),
         "negative_sample_size": _effective_sample_size(negative),
         "mean_coefficient": coupling.coefficients.abs().mean(),

@@ -2,17 +2,19 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from drift_accel.foundation.storage import plain_value
 
 ConfigType = TypeVar("ConfigType")
+USAGE = "%(prog)s [--config FILE] [--key VALUE] [--group.key VALUE] ... [--output_dir RUN] [--dry_run]"
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,27 @@ def parse_command(config_type: type[ConfigType], description: str, argv: Sequenc
     The command line goes before the file and the file before the defaults, wherever --config stands. An unknown key, a wrong
     type or a value that the configuration refuses ends the process with status 2 and one message.
     """
-    parser = ArgumentParser(description=description, exit_on_error=True)
-    parser.add_argument("--config", action="config", help="YAML file with the configuration")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what each field's docstring says
+    parser = ArgumentParser(description=description, usage=USAGE, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with the configuration; of several the last one wins")
     parser.add_argument("--output_dir", type=str, default=None, help="folder of the run; an existing run is resumed")
     parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, then stop")
     parser.add_class_arguments(config_type, None, fail_untyped=True)
-    arguments = _config_first(sys.argv[1:] if argv is None else list(argv))
-    namespace = parser.parse_args(arguments)
-    output_dir, dry_run = namespace.pop("output_dir"), namespace.pop("dry_run")
-    namespace.pop("config")
+    groups = [name for name, hint in get_type_hints(config_type).items() if dataclasses.is_dataclass(hint)]
+    arguments = _wholes_first(sys.argv[1:] if argv is None else argv, groups)
     try:
+        for file in _config_files(arguments):
+            _refuse_repeated_keys(file)
+        namespace = parser.parse_args(arguments)
+        output_dir, dry_run = namespace.pop("output_dir"), namespace.pop("dry_run")
+        namespace.pop("config")
+        _refuse_null(config_type, namespace)
         config = _instantiate(parser, config_type, namespace)
     except ValueError as error:
         parser.error(str(error))
-    if output_dir is None and not dry_run:
+    if not output_dir and not dry_run:
         parser.error("--output_dir is missing: name the folder of the run, for example --output_dir runs/first")
-    return Command(config, None if output_dir is None else Path(output_dir), dry_run)
+    return Command(config, Path(output_dir) if output_dir else None, dry_run)
 
 
 def configuration_dict(config) -> dict[str, Any]:
@@ -63,15 +70,58 @@ def _instantiate(parser: ArgumentParser, config_type: type[ConfigType], namespac
     return config_type(**{field.name: values[field.name] for field in dataclasses.fields(config_type)})
 
 
-def _config_first(arguments: list[str]) -> list[str]:
-    """Move every --config to the front: the parser lets whatever comes later win."""
-    first, rest = [], []
+def _wholes_first(arguments: Sequence[str], groups: Collection[str]) -> list[str]:
+    """Put every --config first and whole groups (--optimizer FILE) after them: the parser lets whatever comes later win."""
+    ranks = {"--config": 0, **{f"--{group}": 1 for group in groups}}
+    ranked = ([], [], [])
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--config":
-            first += [argument, *[value for value in [next(remaining, None)] if value is not None]]
-        elif argument.startswith("--config="):
-            first.append(argument)
-        else:
-            rest.append(argument)
-    return first + rest
+        option, separator, _ = argument.partition("=")
+        rank = ranks.get(option, 2)
+        ranked[rank].append(argument)
+        if rank < 2 and not separator:
+            ranked[rank].extend(islice(remaining, 1))
+    return [argument for arguments_of_rank in ranked for argument in arguments_of_rank]
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    """The files that --config names, as far as they exist; the parser speaks about the others."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, separator, value = argument.partition("=")
+        path = Path(value if separator else following)
+        if option == "--config" and path.is_file():
+            yield path
+
+
+def _refuse_repeated_keys(file: Path) -> None:
+    """Raise ValueError for a key that stands twice in one mapping: YAML would drop the first one silently."""
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {file} is no text in UTF-8: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file} is no YAML: {error}") from None
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"--config {file} has {key.value} twice, again in line {line}: merge them")
+                seen.add(key.value)
+                nodes.append(value)
+
+
+def _refuse_null(config_type: type, values: Namespace, prefix: str = "") -> None:
+    """Raise ValueError for null where a value is needed, and for a group without keys: the parser lets both pass."""
+    for name, hint in get_type_hints(config_type).items():
+        key, value = prefix + name, values[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Namespace):
+                shown = "null" if value is None else repr(value)
+                raise ValueError(f"{key} is {shown}: give the keys of this group below it, or leave {key} out")
+            _refuse_null(hint, value, f"{key}.")
+        elif value is None and type(None) not in get_args(hint):
+            raise ValueError(f"{key} is null: give a value, or leave the key out")

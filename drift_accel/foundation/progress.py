@@ -72,7 +72,7 @@ class Progress:
             print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """End the bar, or print the last line if steps were counted since the one before; a second call does nothing."""
+        """End the bar, or print a last line if steps were counted since the one before; a second call is harmless."""
         if self._bar is not None:
             self._bar.close()
             self._bar, self._line_step = None, self.step

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, stream, index, slot).
 
-Every draw of a run has an address: the run's seed, the name of what is drawn ("noise", "labels"), an index (the training
-step or the sample's number) and a slot (the position in the batch). An address always gives the same numbers, so any
-number of processes, any micro-batch and any restart see the same draws, and no state has to be saved.
+Every draw of a run has an address: the run's seed, the name of what is drawn ("noise", "labels"), an index (the
+training step or the sample's number) and a slot (the position in the batch). An address always gives the same numbers,
+so any number of processes, any micro-batch and any restart see the same draws, and no state has to be saved.
 No global generator is read or written.
 
 The numbers come from Philox 4x64: the key is (seed, 64-bit hash of the stream name); the counter's two high words are
@@ -36,7 +36,7 @@ def normal_draws(
 ) -> numpy.ndarray:
     """Standard normal numbers, [len(slots), *shape], one independent stream a slot.
 
-    `dtype` is "float32" or "float64". Both draw in float32 and float64 is the exact cast, so that a float64 run sees the
+    `dtype` is "float32" or "float64". Both draw in float32 and float64 is the exact cast, so a float64 run sees the
     same draws as a float32 run. Raises ValueError for another dtype and as `random_stream` does.
     """
     return _float_draws(lambda generator, size: generator.standard_normal(size, dtype=numpy.float32),

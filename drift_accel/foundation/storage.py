@@ -101,7 +101,7 @@ def plain_value(value: Any, name: str = "value") -> Any:
         return {str(key): plain_value(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_value(item, f"{name}[{place}]") for place, item in enumerate(value)]
-    raise TypeError(f"{name}: a {type(value).__name__} cannot be written as text; convert it to numbers or strings first")
+    raise TypeError(f"{name}: a {type(value).__name__} cannot be written as text; give numbers or strings")
 
 
 def sha256_file(path: str | os.PathLike) -> str:
