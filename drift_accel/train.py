@@ -5,15 +5,18 @@ The same command resumes an interrupted run. `--dry_run` checks and prints the c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from drift_accel.data import DataConfig, LabelledImages, open_source
+from drift_accel.data import DataConfig, LabelledImages, make_sampler, open_source
 from drift_accel.data.samplers import small_classes
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig
+from drift_accel.drift.configuration import BackendError
 from drift_accel.drift.loss import require_backend
 from drift_accel.foundation.collectives import process_index, world_group
-from drift_accel.foundation.command_line import configuration_text, parse_command
+from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
+from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.models.configuration import EncoderConfig, GeneratorConfig, load_encoder
 from drift_accel.training.configuration import TrainingConfig
@@ -46,7 +49,7 @@ class SampleConfig:
         if self.columns < 1 or self.max_classes < 1:
             counts = f"{self.columns} and {self.max_classes}"
             raise ValueError(f"sample.columns and sample.max_classes are {counts}: give at least 1 each")
-        if self.guidance_scale < 1:
+        if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(f"sample.guidance_scale is {self.guidance_scale}: guidance starts at 1 (no guidance)")
 
 
@@ -66,6 +69,7 @@ class GeneratorTrainingConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         self.guidance.check_counts(self.batch.generated, self.batch.negatives)
+        self.drift.check_guidance(self.guidance.smallest, self.batch.negatives)
         if self.num_processes is not None:
             self.batch.check_processes(self.num_processes)
 
@@ -114,15 +118,18 @@ def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Labelled
     return Hooks(on_sample=sample)
 
 
-def run_training(config: GeneratorTrainingConfig, output_dir) -> None:
+def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the folder if there is one."""
     from drift_accel.models import Generator
 
-    accelerator = start_accelerator(config)
-    source = open_source(config.data)
-    encoder = load_encoder(config.encoder)
-    check_fit(config, encoder, source)
-    run = open_run(output_dir, config, accelerator)
+    with plain_errors(BackendError):
+        accelerator = start_accelerator(config)
+        source = open_source(config.data)
+        encoder = load_encoder(config.encoder)
+        check_fit(config, encoder, source)
+        counts = {"positives": config.batch.positives, "negatives": config.batch.negatives}
+        sampler = make_sampler(config.data, source, config.seed, **counts)
+        run = open_run(output_dir, config, accelerator)
 
     def work() -> None:
         generator = Generator(**config.generator.arguments())
@@ -130,12 +137,13 @@ def run_training(config: GeneratorTrainingConfig, output_dir) -> None:
         task = GeneratorTask(
             place(generator, config, accelerator.device),
             place(encoder, config, accelerator.device),
-            source,
+            sampler,
             batch=config.batch,
             guidance=config.guidance,
             drift=config.drift,
             features=config.features,
             seed=config.seed,
+            flip=config.data.flip,
             device=accelerator.device,
             dtype=TORCH_TYPES[config.precision],
             rank=process_index(world_group()),
@@ -147,6 +155,8 @@ def run_training(config: GeneratorTrainingConfig, output_dir) -> None:
             accelerator.print(f"classes with fewer than {config.batch.positives} images repeat some: {', '.join(repeated)}")
         state = start_state(task, config, accelerator)
         resume(state, run, accelerator.print)
+        if state.step == 0:
+            fill(sampler, source.num_classes, enabled=accelerator.is_main_process)
         train(state, config, run, make_hooks(config, run, source))
         if accelerator.is_main_process:
             for folder in export_averages(run, task.model, state.averages):
@@ -154,6 +164,12 @@ def run_training(config: GeneratorTrainingConfig, output_dir) -> None:
 
     closing_notes(run, accelerator, work)
     accelerator.end_training()
+
+
+def fill(sampler, num_classes: int, *, enabled: bool) -> None:
+    """Warm the sampler up, showing how many classes are ready."""
+    with Progress(num_classes, description="filling the sample queue", enabled=enabled) as progress:
+        sampler.warm_up(lambda ready, wanted: progress.update(ready - progress.step))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

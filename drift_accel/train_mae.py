@@ -5,10 +5,11 @@ The same command resumes an interrupted run. `--dry_run` checks and prints the c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from drift_accel.data import DataConfig, LabelledImages, open_source
 from drift_accel.foundation.collectives import process_index, world_group
-from drift_accel.foundation.command_line import configuration_text, parse_command
+from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
 from drift_accel.models.configuration import MaskedAutoencoderConfig
 from drift_accel.training.configuration import TrainingConfig, require_positive
 from drift_accel.training.launch import (
@@ -72,14 +73,15 @@ def check_fit(config: MaeTrainingConfig, source: LabelledImages) -> None:
         raise ValueError(f"mae.num_classes is {mae['num_classes']} but the data has {source.num_classes} classes")
 
 
-def run_training(config: MaeTrainingConfig, output_dir) -> None:
+def run_training(config: MaeTrainingConfig, output_dir: Path) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the folder if there is one."""
     from drift_accel.models import MaskedAutoencoder
 
-    accelerator = start_accelerator(config)
-    source = open_source(config.data)
-    check_fit(config, source)
-    run = open_run(output_dir, config, accelerator)
+    with plain_errors():
+        accelerator = start_accelerator(config)
+        source = open_source(config.data)
+        check_fit(config, source)
+        run = open_run(output_dir, config, accelerator)
 
     def work() -> None:
         mae = MaskedAutoencoder(**config.mae.arguments())
@@ -92,6 +94,7 @@ def run_training(config: MaeTrainingConfig, output_dir) -> None:
             classifier=config.classifier,
             total_steps=config.steps,
             seed=config.seed,
+            flip=config.data.flip,
             device=accelerator.device,
             dtype=TORCH_TYPES[config.precision],
             rank=process_index(world_group()),

@@ -3,9 +3,13 @@
 # Runs on a processor in minutes; run it again after an interruption and it goes on where it stopped.
 #   bash launch_scripts/quickstart.sh [FOLDER]          FOLDER defaults to runs/quickstart
 set -euo pipefail
+run=${1:-runs/quickstart}
+case "$run" in
+  /*) ;;
+  *) [ $# -eq 0 ] || run="$PWD/$run" ;; # a folder given by name is the caller's, the default one the project's
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch_scripts/setup_environment.sh
-run=${1:-runs/quickstart}
 launch=(.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

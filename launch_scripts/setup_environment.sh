@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with every dependency and the package in it; called by quickstart.sh and test.sh, safe to call by hand.
-# A second call installs nothing unless setup.py, pyproject.toml or the Python version changed.
+# A second call installs nothing unless setup.py, pyproject.toml, the package's version or the Python version changed.
 #   PYTHON=python3.12 bash launch_scripts/setup_environment.sh     to choose the interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,13 +8,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "setup: $*" >&2; exit 1; }
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+  local candidate candidates=(python3 python3.13 python3.12 python3.11 python3.10)
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
       command -v "$candidate"; return
     fi
   done
-  fail "no Python >= 3.10 found (tried: ${PYTHON:-python3, python3.13 ... python3.10}). Install one, or name it: PYTHON=/path/to/python bash $0"
+  fail "no Python >= 3.10 found (tried: ${candidates[*]}). Install one, or name it: PYTHON=/path/to/python bash $0"
 }
 
 python=$(find_python)
@@ -25,13 +26,15 @@ if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v cl
   echo "setup: on Debian or Ubuntu: apt-get install build-essential; then delete .venv/.setup_stamp and run this again." >&2
 fi
 
-stamp=$( { "$python" --version; cat setup.py pyproject.toml; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+stamp=$( { "$python" --version; cat setup.py pyproject.toml; grep '^__version__' drift_accel/__init__.py; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ -f .venv/.setup_stamp ] && [ "$(cat .venv/.setup_stamp)" = "$stamp" ]; then
   exit 0
 fi
 
 echo "setup: installing into .venv (PyTorch alone is several GB; a few minutes the first time)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+[ "$(.venv/bin/python --version)" = "$("$python" --version)" ] ||
+  fail ".venv was made with $(.venv/bin/python --version) but $python is $("$python" --version). Delete .venv, or choose with PYTHON=..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "setuptools>=70" wheel pybind11 ninja
 # torch and torchvision together, so that the resolver picks a pair that matches.
 .venv/bin/python -c 'import torch, torchvision' 2>/dev/null ||

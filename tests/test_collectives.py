@@ -49,8 +49,11 @@ def test_mixed_tensors_are_refused_by_a_process_alone_too():
 def test_number_of_processes():
     require_num_processes(None, 3)
     require_num_processes(2, 2)
-    with pytest.raises(ValueError, match=r"(?s)2 processes were asked for, but this run has 1.*"
-                                         r"--multi_gpu --num_processes 2.*ACCELERATE_USE_CPU=true"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)2 processes were asked for, but this run has 1.*"
+        r"--multi_gpu --num_processes 2.*ACCELERATE_USE_CPU=true",
+    ):
         require_num_processes(2, 1)
 
 
@@ -64,8 +67,7 @@ def refusal(call) -> str:
 
 def process_main(process: int, folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process,
-                                   world_size=NUM_PROCESSES)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=NUM_PROCESSES)
     group = world_group()
     messages = []
     send = distributed.all_reduce

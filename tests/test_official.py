@@ -132,7 +132,9 @@ REFUSALS = {
     "missing tensor": (drop, ValueError, r"missing tensors \['LightningDiT_0/blocks_2/RMSNorm_1/weight'\] \(1\)"),
     "unknown tensor": (add, ValueError, r"unknown tensors \['noise_embeds_4/embedding'\] \(1\)"),
     "wrong shape": (
-        lambda f: change_array(f, swap_shape), ValueError, r"Attention_0/.* has shape \[192, 64\], wanted \[64, 192\]"
+        lambda f: change_array(f, swap_shape),
+        ValueError,
+        r"Attention_0/.* has shape \[192, 64\], wanted \[64, 192\]",
     ),
     "wrong rank": (
         lambda f: change_array(f, lambda s, d, c: pack_array([64 * 192], d, c)),
@@ -145,11 +147,15 @@ REFUSALS = {
         "kernel has dtype int32, wanted",
     ),
     "other extension": (
-        lambda f: change_array(f, lambda s, d, c: msgpack.ExtType(9, c)), ValueError, "kernel has dtype extension 9"
+        lambda f: change_array(f, lambda s, d, c: msgpack.ExtType(9, c)),
+        ValueError,
+        "kernel has dtype extension 9",
     ),
     "no array": (lambda f: change_array(f, lambda s, d, c: [1, 2]), ValueError, "kernel is a list"),
     "missing bytes": (
-        lambda f: change_array(f, lambda s, d, c: pack_array(s, d, c[:-4])), ValueError, "truncated or damaged .*bytes"
+        lambda f: change_array(f, lambda s, d, c: pack_array(s, d, c[:-4])),
+        ValueError,
+        "truncated or damaged .*bytes",
     ),
     "broken chunks": (lambda f: change_array(f, break_chunks), ValueError, "the chunks of .*kernel do not fit"),
     "truncated file": (truncate, ValueError, "ema_params.msgpack is truncated or damaged"),

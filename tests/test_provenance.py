@@ -61,9 +61,11 @@ def test_the_record_is_complete_and_json():
 
 
 def test_nothing_heavy_is_imported():
-    code = ("import sys; from drift_accel.foundation.provenance import collect_provenance;"
-            "collect_provenance(command=[]);heavy = {'torch', 'diffusers', 'datasets', 'pyarrow'} & sys.modules.keys();"
-            "sys.exit(f'imported: {heavy}' if heavy else 0)")
+    code = (
+        "import sys; from drift_accel.foundation.provenance import collect_provenance;"
+        "collect_provenance(command=[]);heavy = {'torch', 'diffusers', 'datasets', 'pyarrow'} & sys.modules.keys();"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
 
@@ -75,7 +77,9 @@ def test_the_number_of_processes_before_torch_distributed_starts(monkeypatch):
 
 def test_versions_of_missing_packages_are_none():
     assert package_versions(["numpy", "no-such-package-anywhere"]) == {
-        "numpy": numpy.__version__, "no-such-package-anywhere": None}
+        "numpy": numpy.__version__,
+        "no-such-package-anywhere": None,
+    }
 
 
 def test_package_hash_sees_names_and_contents_of_sources_only(tmp_path):

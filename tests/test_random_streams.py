@@ -9,9 +9,7 @@ from drift_accel.foundation.random_streams import integer_draws, normal_draws, r
 SHAPE = (2, 3)
 DRAWS = {
     "normal": lambda seed=5, stream="noise", index=7, slots=range(6): normal_draws(seed, stream, index, slots, SHAPE),
-    "uniform": lambda seed=5, stream="noise", index=7, slots=range(6): uniform_draws(
-        seed, stream, index, slots, SHAPE
-    ),
+    "uniform": lambda seed=5, stream="noise", index=7, slots=range(6): uniform_draws(seed, stream, index, slots, SHAPE),
     "integer": lambda seed=5, stream="noise", index=7, slots=range(6): integer_draws(
         seed, stream, index, slots, SHAPE, high=1 << 40
     ),

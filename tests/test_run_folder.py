@@ -62,11 +62,19 @@ def damage(run: RunFolder, step: int) -> None:
 def test_layout(run, tmp_path):
     root = tmp_path / "run"
     names = {
-        run.config_path: "config.yaml", run.provenance_path: "provenance.json", run.notes_path: "RUN.md",
-        run.metrics_path: "metrics.jsonl", run.tensorboard_dir: "tensorboard", run.samples_dir: "samples",
-        run.checkpoints_dir: "checkpoints", run.exports_dir: "exports", run.evaluation_dir: "evaluation",
-        run.sample_path(1000): "samples/step_00001000.png", run.checkpoint_dir(0): "checkpoints/step_00000000",
-        run.checkpoint_dir(123456789): "checkpoints/step_123456789", run.export_dir("ema_0.999"): "exports/ema_0.999",
+        run.config_path: "config.yaml",
+        run.provenance_path: "provenance.json",
+        run.notes_path: "RUN.md",
+        run.metrics_path: "metrics.jsonl",
+        run.tensorboard_dir: "tensorboard",
+        run.samples_dir: "samples",
+        run.checkpoints_dir: "checkpoints",
+        run.exports_dir: "exports",
+        run.evaluation_dir: "evaluation",
+        run.sample_path(1000): "samples/step_00001000.png",
+        run.checkpoint_dir(0): "checkpoints/step_00000000",
+        run.checkpoint_dir(123456789): "checkpoints/step_123456789",
+        run.export_dir("ema_0.999"): "exports/ema_0.999",
         run.evaluation_path("fid_50k"): "evaluation/fid_50k.json",
     }
     assert {path: root / name for path, name in names.items()} == {path: path for path in names}
@@ -255,7 +263,7 @@ def test_metrics_are_appended_and_read(run):
     assert run.read_metrics() == [{"step": 1, "loss": 0.5, "text": "ä"}, {"step": 2, "loss": None}]
     assert run.metrics_path.read_text("utf-8").count("\n") == 2
     for record in ({"loss": 1}, {"step": 1.5}, {"step": True}):
-        with pytest.raises(ValueError, match="integer \"step\""):
+        with pytest.raises(ValueError, match='integer "step"'):
             run.append_metrics(record)
     with pytest.raises(TypeError, match=r"record\.loss"):
         run.append_metrics({"step": 3, "loss": torch.zeros(())})
@@ -315,10 +323,17 @@ def test_notes_open_and_close(run):
     run.start_notes("resumed again")
     run.finish_notes("done")
     lines = [line for line in run.notes_path.read_text().splitlines() if line]
-    starts = ["# run", "- opened 2", "- closed 2", "- opened 2", "looks good", "- ended without closing", "- opened 2",
-              "- closed 2"]
-    ends = ["# run", ": first start", ": reached step 10", ": resumed", "line end", "closing", ": resumed again",
-            ": done"]
+    starts = [
+        "# run",
+        "- opened 2",
+        "- closed 2",
+        "- opened 2",
+        "looks good",
+        "- ended without closing",
+        "- opened 2",
+        "- closed 2",
+    ]
+    ends = ["# run", ": first start", ": reached step 10", ": resumed", "line end", "closing", ": resumed again", ": done"]
     assert len(lines) == len(starts)
     for line, start, end in zip(lines, starts, ends, strict=True):
         assert line.startswith(start) and line.endswith(end)

@@ -24,7 +24,7 @@ from drift_accel.models import Generator, MaskedAutoencoder
 from drift_accel.training.generator_task import GeneratorTask
 from drift_accel.training.loop import NonFiniteError
 
-TIMING = ("steps_per_second", "samples_per_second")
+TIMING = ("steps_per_second", "samples_per_second", "data_wait_share")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(encoder, tmp_path, capsys):
 def test_a_changed_configuration_is_refused(encoder, tmp_path):
     run = tmp_path / "run"
     run_generator(encoder, run, "--steps", "1")
-    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.\d+ -> 0\.5"):
+    with pytest.raises(SystemExit, match=r"optimizer\.lr: 0\.\d+ -> 0\.5"):
         run_generator(encoder, run, "--steps", "2", "--optimizer.lr", "0.5")
 
 

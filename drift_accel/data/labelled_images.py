@@ -8,12 +8,15 @@ import numpy as np
 class LabelledImages:
     """Images [rows, C, H, W] float32 in model space and one class index a row, with the rows of each class at hand.
 
-    Raises ValueError for shapes that do not fit, values that are not finite, or labels outside the classes.
+    Raises ValueError for shapes that do not fit, values that are not finite, or labels that are no index of a class.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]):
         images = np.ascontiguousarray(images, dtype=np.float32)
-        labels = np.asarray(labels, dtype=np.int64)
+        labels = np.asarray(labels)
+        if labels.size and labels.dtype.kind not in "iu":
+            raise ValueError(f"labels are {labels.dtype}: wanted integers, the class of each row")
+        labels = labels.astype(np.int64)
         if images.ndim != 4 or labels.shape != images.shape[:1]:
             raise ValueError(f"images {images.shape} and labels {labels.shape}: wanted [rows, C, H, W] and [rows]")
         if not np.isfinite(images).all():
@@ -43,9 +46,12 @@ class LabelledImages:
         """(C, H, W) of one image."""
         return self.images.shape[1:]
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """The images at `indices` (any shape): [*indices.shape, C, H, W]."""
-        return self.images[indices]
+    def rows(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> np.ndarray:
+        """The images at `indices` (any shape): [*indices.shape, C, H, W], mirrored left to right where `flipped` is True."""
+        images = self.images[indices]
+        if flipped is not None:
+            images[flipped] = images[flipped][..., ::-1]
+        return images
 
     def class_rows(self, label: int) -> np.ndarray:
         """The row indices of one class, ascending. Raises ValueError for a class that does not exist or has no rows."""

@@ -3,6 +3,9 @@
 A slot is a position in the GLOBAL batch, so the draws do not depend on how the batch is split over processes.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numpy as np
 
 from drift_accel.data.labelled_images import LabelledImages
@@ -49,9 +52,45 @@ def draw_any_rows(source: LabelledImages, seed: int, step: int, slots: np.ndarra
     return rows
 
 
-def draw_epoch_rows(seed: int, step: int, slots: np.ndarray, batch_size: int, num_rows: int) -> np.ndarray:
+def draw_epoch_rows(seed: int, step: int, slots: np.ndarray, batch_size: int, num_rows: int, stream: str = "epoch") -> np.ndarray:
     """Rows [len(slots)] of one step of an endless pass over shuffled epochs: every row once before any comes again."""
-    return _shuffled_rounds(seed, "epoch", step * batch_size + np.asarray(slots), num_rows)
+    return _shuffled_rounds(seed, stream, step * batch_size + np.asarray(slots), num_rows)
+
+
+def draw_flips(seed: int, stream: str, step: int, slots: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` images of each slot are mirrored, bool [len(slots), count], each with probability one half."""
+    return integer_draws(seed, f"{stream}/flip", step, slots, (count,), 2).astype(bool)
+
+
+class DirectSampler:
+    """Draws positives from their whole class and negatives from the whole source: no warm-up, nothing to restore."""
+
+    def __init__(self, source: LabelledImages, seed: int, *, positives: int, negatives: int):
+        self.source, self.seed = source, seed
+        self.num_positives, self.num_negatives = positives, negatives
+
+    def warm_up(self, on_push: Callable[[int, int], None] | None = None) -> None:
+        """Nothing to fill."""
+
+    def advance(self, step: int) -> None:
+        """Nothing: every step's draws are functions of the step."""
+
+    def state_arrays(self) -> dict[str, np.ndarray]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Nothing to restore. Raises ValueError for a state, which only a queue leaves behind."""
+        if arrays:
+            raise ValueError("the checkpoint holds a sample queue but the configuration asks for none: restore data.queue")
+
+    def positives(self, step: int, slots: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Rows [len(slots), P] of each slot's class."""
+        return draw_class_rows(self.source, self.seed, step, slots, labels, self.num_positives)
+
+    def negatives(self, step: int, slots: np.ndarray) -> np.ndarray:
+        """Rows [len(slots), N] of any class."""
+        return draw_any_rows(self.source, self.seed, step, slots, self.num_negatives)
 
 
 def small_classes(source: LabelledImages, count: int) -> list[str]:
@@ -65,5 +104,13 @@ def _shuffled_rounds(seed: int, stream: str, positions: np.ndarray, size: int) -
     drawn = np.empty(len(positions), dtype=np.int64)
     for number in np.unique(rounds):
         here = rounds == number
-        drawn[here] = random_stream(seed, stream, int(number)).permutation(size)[positions[here] % size]
+        drawn[here] = _permutation(seed, stream, int(number), size)[positions[here] % size]
     return drawn
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, stream: str, number: int, size: int) -> np.ndarray:
+    """One round's order; kept because the steps of an epoch share it, and 1.3 M rows take longer to shuffle than to draw."""
+    order = random_stream(seed, stream, number).permutation(size)
+    order.flags.writeable = False
+    return order

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from drift_accel.data.digits import SPLITS, load_digits
 from drift_accel.data.labelled_images import LabelledImages
+from drift_accel.data.queue import QueueConfig, SampleQueue
+from drift_accel.data.samplers import DirectSampler
 
 SOURCES = ("digits",)
 
@@ -16,6 +18,10 @@ class DataConfig:
     """"digits": scikit-learn's handwritten digits, in memory."""
     split: str = "train"
     """Part of the source to train on: "train" or "test"."""
+    flip: bool = False
+    """Mirror each drawn image left to right with probability one half."""
+    queue: QueueConfig | None = None
+    """null: positives and negatives from the whole source; else the paper's queue of recent samples."""
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -27,3 +33,12 @@ class DataConfig:
 def open_source(config: DataConfig) -> LabelledImages:
     """Open the configured source."""
     return load_digits(config.split)
+
+
+def make_sampler(
+    config: DataConfig, source: LabelledImages, seed: int, *, positives: int, negatives: int
+) -> DirectSampler | SampleQueue:
+    """The configured sampler of P positives and N negatives a label. Raises ValueError for queues that are too small."""
+    if config.queue is None:
+        return DirectSampler(source, seed, positives=positives, negatives=negatives)
+    return SampleQueue(source, config.queue, seed, positives=positives, negatives=negatives)

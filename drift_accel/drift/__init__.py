@@ -1,11 +1,11 @@
 """The drift mathematics: guidance, feature keys, the field and its loss."""
 
 from drift_accel.drift.configuration import DriftConfig
+from drift_accel.drift.couplings import DIAGNOSTICS
 from drift_accel.drift.features import FeatureConfig, multi_scale_features
 from drift_accel.drift.guidance import GuidanceConfig, draw_guidance, negative_weight
 from drift_accel.drift.loss import DriftLoss, drift_loss, drift_losses
 from drift_accel.drift.problems import DriftProblems
-from drift_accel.drift.reference import DIAGNOSTICS
 from drift_accel.drift.statistics import DriftStatistics
 
 __all__ = [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+LARGEST_POWER = 100  # beyond it the powers of the inverse CDF leave float64
 MODES = ("power", "uniform", "mixed")
 
 
@@ -37,8 +38,8 @@ class GuidanceConfig:
             raise ValueError(f"guidance.maximum is {self.maximum}: it must be finite and at least minimum = {self.minimum}")
         if self.no_guidance_fraction is not None and not 0 <= self.no_guidance_fraction <= 1:
             raise ValueError(f"guidance.no_guidance_fraction is {self.no_guidance_fraction}: give a share in [0, 1]")
-        if not abs(self.power) < float("inf"):
-            raise ValueError(f"guidance.power is {self.power}: give a finite number")
+        if not abs(self.power) <= LARGEST_POWER:
+            raise ValueError(f"guidance.power is {self.power}: give a number from -{LARGEST_POWER} to {LARGEST_POWER}")
 
     @property
     def skip_fraction(self) -> float:
@@ -46,6 +47,11 @@ class GuidanceConfig:
         if self.no_guidance_fraction is not None:
             return self.no_guidance_fraction
         return 0.5 if self.mode == "mixed" else 0.0
+
+    @property
+    def smallest(self) -> float:
+        """Smallest a that can be drawn or weigh: 1 wherever labels go without guidance."""
+        return 1.0 if self.skip_fraction > 0 or self.conditioning_only else self.minimum
 
     @property
     def exponent(self) -> float:

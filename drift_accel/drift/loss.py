@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drift_accel.drift import reference
-from drift_accel.drift.configuration import DriftConfig
+from drift_accel.drift.configuration import BackendError, DriftConfig
 from drift_accel.drift.problems import DriftProblems
 from drift_accel.drift.statistics import DriftStatistics, reduce_distance_sums, reduce_norm_sums
 
@@ -51,7 +51,7 @@ def drift_loss(
         group: torch.distributed group to take the statistics over; None stays in this process.
         diagnostics: also return what `drift_accel.drift.DIAGNOSTICS` names, per temperature.
 
-    Raises ValueError for shapes, types or options that do not fit, RuntimeError for a backend that is not there.
+    Raises ValueError for shapes, types or options that do not fit, BackendError for a backend that is not there.
     """
     problems = DriftProblems(generated, positives, negatives, negative_weight)
     given = None if statistics is None else {"": statistics}
@@ -72,6 +72,7 @@ def drift_losses(
     """
     config = DriftConfig() if config is None else config
     require_backend(config.backend)
+    _check_feasible(problems, config)
     results = {}
     with torch.no_grad():
         distances, sums = {}, {}
@@ -110,9 +111,9 @@ def compute_statistics(
 
 
 def require_backend(name: str) -> None:
-    """Raise RuntimeError where a backend is asked for that this build does not have."""
+    """Raise BackendError where a backend is asked for that this build does not have."""
     if name == "fused":
-        raise RuntimeError("drift.backend is 'fused' but this build has no compiled drift op: use 'auto' or 'reference'")
+        raise BackendError("drift.backend is 'fused' but this build has no compiled drift op: use 'auto' or 'reference'")
 
 
 def _check_given(statistics: Mapping[str, DriftStatistics], problems: Mapping, config: DriftConfig) -> None:
@@ -124,6 +125,20 @@ def _check_given(statistics: Mapping[str, DriftStatistics], problems: Mapping, c
             raise ValueError(
                 f"statistics of key {key!r} has no drift_sqnorm for temperatures {sorted(missing)}: "
                 f"it has {sorted(statistics[key].drift_sqnorm)}"
+            )
+
+
+def _check_feasible(problems: Mapping[str, DriftProblems], config: DriftConfig) -> None:
+    """Uniform transport columns cannot meet a weight of 0; only this option pays for looking at the values."""
+    if config.coupling != "sinkhorn" or config.sinkhorn_marginal != "none":
+        return
+    for key, members in problems.items():
+        weight = members.negative_weight
+        if weight is not None and bool((weight <= 0).any()):
+            name = f" of key {key!r}" if key else ""
+            raise ValueError(
+                f"negative_weight{name} has a value of {weight.min().item():g}: sinkhorn_marginal 'none' needs weights above 0; "
+                "use 'weighted_cols'"
             )
 
 

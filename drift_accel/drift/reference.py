@@ -8,25 +8,21 @@ Source: "Generative Modeling via Drifting", arXiv 2602.04770, algorithm 2 and ap
 computes it. Nothing with a temperature axis outlives a loop iteration; between stages only the distances are held.
 
 Shapes: B problems, G generated rows i, M = G + N + P targets j ordered [generated | negatives | positives], S features.
-Letters: x generated, y targets, w target weights, d distances, l logits, A affinities, c coefficients, V field, u, s scales.
+Letters: x generated, y targets, w target weights, d distances, c coefficients (couplings.py), V field, u, s scales.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from drift_accel.drift.configuration import DriftConfig
+from drift_accel.drift.couplings import DIAGNOSTICS, couple, diagnose
 from drift_accel.drift.problems import DriftProblems
 from drift_accel.drift.statistics import DistanceSums, DriftStatistics, NormSums
 
 SMALLEST_SQUARED_DISTANCE = 1e-8
-SELF_PAIR_PENALTY = 100.0
-# The floor under row * column is part of the method: at tau = 0.02 most pairs lie on it.
-LOG_AFFINITY_FLOOR = math.log(1e-6) / 2
 
 
 def distances_and_sums(problems: DriftProblems) -> tuple[Tensor, DistanceSums]:
@@ -53,7 +49,7 @@ def field_norm_sums(problems: DriftProblems, d: Tensor, scale: DriftStatistics, 
     with _exact_products():
         y, w = _scaled_targets(problems, scale), _target_weights(problems)
         for temperature in config.temperatures:
-            coupling = _couple(problems, d, w, scale, temperature)
+            coupling = couple(problems, d, w, scale, config, temperature)
             squared[temperature] = torch.bmm(coupling.coefficients, y).square().sum()
     count = problems.num_problems * problems.num_generated * problems.num_features
     return NormSums(squared_field=squared, count=torch.full((), count, dtype=d.dtype, device=d.device))
@@ -72,9 +68,9 @@ def loss_and_gradient(
     with _exact_products():
         y, w = _scaled_targets(problems, statistics), _target_weights(problems)
         for temperature in config.temperatures:
-            coupling = _couple(problems, d, w, statistics, temperature)
+            coupling = couple(problems, d, w, statistics, config, temperature, floor_pairs=diagnostics)
             if diagnostics:
-                for name, value in _diagnose(problems, coupling).items():
+                for name, value in diagnose(problems, coupling).items():
                     numbers[name][temperature] = value
             coefficients = coupling.coefficients.div_(statistics.field_norm(temperature))
             if config.field == "per_temperature":
@@ -85,62 +81,6 @@ def loss_and_gradient(
     u = statistics.feature_scale(problems.num_features)
     gradient = V * (-2 / (problems.num_generated * problems.num_features * u))
     return loss, gradient, numbers
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """One temperature: affinities A with their weights, coefficients c, log A before weights and floor; each [B,G,M]."""
-
-    affinities: Tensor
-    coefficients: Tensor
-    log_affinity: Tensor
-
-
-def _couple(problems: DriftProblems, d: Tensor, w: Tensor, scale: DriftStatistics, temperature: float) -> Coupling:
-    """Two-sided coupling in log space (steps 3 to 5).
-
-    log A = log w + max(l - (LSE_j l + LSE_i l) / 2, ln(floor) / 2), so that w = 0 needs no logarithm: A = w exp(...).
-    """
-    logits = d * (-1 / (scale.normalised_distance_scale() * temperature))  # [B,G,M]
-    logits.diagonal(dim1=1, dim2=2).sub_(SELF_PAIR_PENALTY / temperature)  # j = i < G
-    normaliser = torch.logsumexp(logits, dim=2, keepdim=True) + torch.logsumexp(logits, dim=1, keepdim=True)
-    log_affinity = logits.sub_(normaliser / 2)
-    A = log_affinity.clamp_min(LOG_AFFINITY_FLOOR).exp_().mul_(w[:, None])  # [B,G,M]
-
-    # Each side is weighted by the other's mass, so that sum_j c_ij = 0 and the field does not depend on the origin.
-    negative_mass, positive_mass = (side.sum(-1, keepdim=True) for side in _sides(problems, A))  # [B,G,1]
-    c = A.clone()
-    c_negative, c_positive = _sides(problems, c)
-    c_negative.mul_(-positive_mass)
-    c_positive.mul_(negative_mass)
-    return Coupling(affinities=A, coefficients=c, log_affinity=log_affinity)
-
-
-def _sides(problems: DriftProblems, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of [B,G,M] that repel (generated samples and negatives) and those that attract (positives), as views."""
-    return pairs.split([problems.num_generated + problems.num_negatives, problems.num_positives], dim=-1)
-
-
-DIAGNOSTICS = {
-    "floor_share": "share of pairs whose row x column probability is at or under the floor",
-    "positive_sample_size": "effective number of positives that a generated sample sees, (sum A)^2 / sum A^2, mean over rows",
-    "negative_sample_size": "effective number of generated samples and negatives that a generated sample sees",
-    "mean_coefficient": "mean |c| over all pairs",
-}
-
-
-def _diagnose(problems: DriftProblems, coupling: Coupling) -> dict[str, Tensor]:
-    negative, positive = _sides(problems, coupling.affinities)
-    return {
-        "floor_share": (coupling.log_affinity <= LOG_AFFINITY_FLOOR).to(negative.dtype).mean(),
-        "positive_sample_size": _effective_sample_size(positive),
-        "negative_sample_size": _effective_sample_size(negative),
-        "mean_coefficient": coupling.coefficients.abs().mean(),
-    }
-
-
-def _effective_sample_size(A: Tensor) -> Tensor:
-    return (A.sum(-1).square() / A.square().sum(-1).clamp_min(torch.finfo(A.dtype).tiny)).mean()
 
 
 def _centred_targets(problems: DriftProblems) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,6 +54,18 @@ def parse_command(config_type: type[ConfigType], description: str, argv: Sequenc
     if not output_dir and not dry_run:
         parser.error("--output_dir is missing: name the folder of the run, for example --output_dir runs/first")
     return Command(config, Path(output_dir) if output_dir else None, dry_run)
+
+
+@contextmanager
+def plain_errors(*more: type[Exception]) -> Iterator[None]:
+    """End the process with one line for what the user can mend (ValueError, OSError, a missing module, and `more`).
+
+    For what a command does before its work: a fault in the work itself keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError, *more) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def configuration_dict(config) -> dict[str, Any]:

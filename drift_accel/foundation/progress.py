@@ -35,15 +35,12 @@ class Progress:
         self._line_step, self._line_time = initial, time.monotonic()
         self._bar = None
         if enabled and self._stream.isatty():
-            self._bar = tqdm(total=total, initial=initial, desc=description or None, file=self._stream,
-                             dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=initial, desc=description or None, file=self._stream, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def update(self, num_steps: int = 1, /, **values: Any) -> None:

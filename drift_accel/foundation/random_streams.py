@@ -39,8 +39,9 @@ def normal_draws(
     `dtype` is "float32" or "float64". Both draw in float32 and float64 is the exact cast, so a float64 run sees the
     same draws as a float32 run. Raises ValueError for another dtype and as `random_stream` does.
     """
-    return _float_draws(lambda generator, size: generator.standard_normal(size, dtype=numpy.float32),
-                        seed, stream, index, slots, shape, dtype)
+    return _float_draws(
+        lambda generator, size: generator.standard_normal(size, dtype=numpy.float32), seed, stream, index, slots, shape, dtype
+    )
 
 
 def uniform_draws(
@@ -51,13 +52,12 @@ def uniform_draws(
     `dtype` is "float32" or "float64"; both draw in float32 (steps of 2^-24), see `normal_draws`.
     Raises ValueError for another dtype and as `random_stream` does.
     """
-    return _float_draws(lambda generator, size: generator.random(size, dtype=numpy.float32),
-                        seed, stream, index, slots, shape, dtype)
+    return _float_draws(
+        lambda generator, size: generator.random(size, dtype=numpy.float32), seed, stream, index, slots, shape, dtype
+    )
 
 
-def integer_draws(
-    seed: int, stream: str, index: int, slots: Sequence[int], shape: Sequence[int], high: int
-) -> numpy.ndarray:
+def integer_draws(seed: int, stream: str, index: int, slots: Sequence[int], shape: Sequence[int], high: int) -> numpy.ndarray:
     """Integers uniform in [0, high), int64 [len(slots), *shape], one independent stream a slot.
 
     Raises ValueError unless 1 <= high <= 2^63, and as `random_stream` does.

@@ -161,9 +161,7 @@ class RunFolder:
         """The steps of the completed checkpoints in rising order; their contents are not read."""
         return [step for step in self._checkpoint_folder_steps() if self._completion_mark(step) is not None]
 
-    def latest_complete_checkpoint(
-        self, on_damaged: Callable[[str], None] = _logger.warning
-    ) -> tuple[int, Path] | None:
+    def latest_complete_checkpoint(self, on_damaged: Callable[[str], None] = _logger.warning) -> tuple[int, Path] | None:
         """(step, folder) of the newest checkpoint whose every file has its hash, or None. Reads it all.
 
         Each newer damaged one is skipped and given to `on_damaged` as a line that names its files.
@@ -204,7 +202,7 @@ class RunFolder:
         record = plain_value(record, "record")
         line = json_text(record)
         if not isinstance(record.get("step"), int) or isinstance(record["step"], bool):
-            raise ValueError(f"a record of metrics needs an integer \"step\", got {record.get('step')!r}")
+            raise ValueError(f'a record of metrics needs an integer "step", got {record.get("step")!r}')
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.metrics_path, "ab+") as file:
             if file.tell() > 0:

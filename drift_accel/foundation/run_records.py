@@ -53,7 +53,7 @@ def parse_metric_lines(content: bytes, source: str) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{source}, line {number}: is no JSON object with an integer \"step\"; remove that line")
+            raise ValueError(f'{source}, line {number}: is no JSON object with an integer "step"; remove that line')
         records.append(record)
     return records
 

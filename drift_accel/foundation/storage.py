@@ -242,8 +242,7 @@ def _complete_folder(folder: Path) -> None:
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         hashes = list(pool.map(sha256_file, files))
     listing = {
-        name: {"bytes": file.stat().st_size, "sha256": sha256}
-        for name, file, sha256 in zip(names, files, hashes, strict=True)
+        name: {"bytes": file.stat().st_size, "sha256": sha256} for name, file, sha256 in zip(names, files, hashes, strict=True)
     }
     # Also flushes the folder itself, and with it the names of its files.
     atomic_write_json(folder / COMPLETE_NAME, {"format": _FORMAT, "files": listing})

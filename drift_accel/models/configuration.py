@@ -118,8 +118,10 @@ class EncoderConfig:
 def load_encoder(config: EncoderConfig):
     """Load the configured encoder in evaluation mode, without gradients for its weights.
 
-    Raises FileNotFoundError saying what belongs there, ValueError for a folder of another kind.
+    Raises FileNotFoundError saying what belongs there, OSError for weights that cannot be read, ValueError for a folder of
+    another kind or weights that do not fit its configuration.
     """
+    from drift_accel.models.exports import load_export
     from drift_accel.models.masked_autoencoder import MaskedAutoencoder
     from drift_accel.models.official import load_official
 
@@ -129,7 +131,7 @@ def load_encoder(config: EncoderConfig):
         if not isinstance(encoder, MaskedAutoencoder):
             raise ValueError(f"encoder.path {folder} holds a {type(encoder).__name__}: give the folder of a masked autoencoder")
     elif (folder / "config.json").exists():
-        encoder = MaskedAutoencoder.from_pretrained(folder)
+        encoder = load_export(folder, MaskedAutoencoder, "encoder.path")
     else:
         raise FileNotFoundError(
             f"encoder.path {folder} has no config.json and no metadata.json: train one first "

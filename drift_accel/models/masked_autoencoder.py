@@ -133,11 +133,7 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
     @property
     def default_features(self) -> tuple[str, ...]:
         """Names of the maps that the release uses: conv1, layer1 .. layer4 and every second block's output."""
-        block_names = [
-            f"layer{s}_blk{k}"
-            for s, count in enumerate(self.config.blocks, start=1)
-            for k in range(2, count + 1, 2)
-        ]
+        block_names = [f"layer{s}_blk{k}" for s, count in enumerate(self.config.blocks, start=1) for k in range(2, count + 1, 2)]
         return ("conv1", *(f"layer{s}" for s in range(1, NUM_STAGES + 1)), *block_names)
 
     def encoder_input(self, images: Tensor) -> Tensor:

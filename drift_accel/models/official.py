@@ -122,9 +122,7 @@ def _find_weights(directory: Path, metadata: dict[str, Any]) -> Path:
     raise FileNotFoundError(f"{looked} is missing; download the weights from the release beside {METADATA_NAME}")
 
 
-def _take_settings(
-    model_config: dict[str, Any], names: dict[str, str], fixed: dict[str, Any], path: Path
-) -> dict[str, Any]:
+def _take_settings(model_config: dict[str, Any], names: dict[str, str], fixed: dict[str, Any], path: Path) -> dict[str, Any]:
     """Rename the release's settings to ours; refuse missing and unknown ones and other values than `fixed`."""
     missing = sorted((set(names) | set(fixed)) - set(model_config))
     if missing:

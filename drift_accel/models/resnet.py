@@ -97,8 +97,7 @@ class ResNetEncoder(nn.Module):
         self.gradient_checkpointing = False
         self.stem = ConvNormReLU(in_channels, width)
         self.stages = nn.ModuleList(
-            Stage(widths[max(s - 1, 0)], widths[s], num_blocks, stride=1 if s == 0 else 2)
-            for s, num_blocks in enumerate(blocks)
+            Stage(widths[max(s - 1, 0)], widths[s], num_blocks, stride=1 if s == 0 else 2) for s, num_blocks in enumerate(blocks)
         )
         self.map_names = encoder_map_names(blocks)
 

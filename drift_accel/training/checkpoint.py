@@ -19,6 +19,7 @@ from drift_accel.training.averages import WeightAverages
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+DATA_FILE = "data.safetensors"
 STATE_FILE = "state.json"
 
 
@@ -44,14 +45,20 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     averages: WeightAverages,
+    *,
+    data_state: Mapping[str, Tensor],
     record: Mapping,
 ) -> Path:
     """Write the checkpoint of `step` complete or not at all; `record` is stored beside it. For the main process alone.
+
+    `data_state` is what the samplers need to go on, empty where their draws are functions of the step.
 
     Raises OSError naming the space that is wanted where the disk is full; earlier checkpoints stay as they are.
     """
     tensors = {MODEL_FILE: model.state_dict(), OPTIMIZER_FILE: optimizer_tensors(model, optimizer)}
     tensors.update({average_file(decay): average for decay, average in averages.averages.items()})
+    if data_state:
+        tensors[DATA_FILE] = data_state
     wanted = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     require_free_space(run.checkpoints_dir, wanted, f"the checkpoint of step {step}")
     with run.new_checkpoint(step) as folder:
@@ -61,8 +68,10 @@ def save_checkpoint(
     return run.checkpoint_dir(step)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages) -> dict:
-    """Restore model, optimiser and averages from a complete checkpoint; return its record.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: WeightAverages
+) -> dict[str, Tensor]:
+    """Restore model, optimiser and averages from a complete checkpoint; return the samplers' state in it.
 
     Raises ValueError where it belongs to another model or other averages.
     """
@@ -77,12 +86,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE))
     for decay in averages.averages:
         averages.load(decay, load_file(folder / average_file(decay)))
-    return record
+    return load_file(folder / DATA_FILE) if (folder / DATA_FILE).exists() else {}
 
 
 def average_file(decay: float) -> str:
     """File name of one average inside a checkpoint."""
-    return f"ema_{decay:g}.safetensors"
+    return f"ema_{decay:.12g}.safetensors"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

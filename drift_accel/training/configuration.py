@@ -33,8 +33,8 @@ class TrainingConfig:
 
     def __post_init__(self):
         require_positive("", self, "steps")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: give an integer of at least 0")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}: give an integer from 0 to 2^64 - 1")
         if self.precision == "float16":
             raise ValueError(
                 "precision is 'float16': its range is too small for the squared distances of the drift; use 'bfloat16'"

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drift_accel.data.labelled_images import LabelledImages
-from drift_accel.data.samplers import LABEL_ORDERS, draw_any_rows, draw_class_rows, draw_labels
+from drift_accel.data.queue import SampleQueue
+from drift_accel.data.samplers import LABEL_ORDERS, DirectSampler, draw_flips, draw_labels
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig, draw_guidance
 from drift_accel.foundation.random_streams import integer_draws, normal_draws, uniform_draws
 from drift_accel.training.step import DriftBatch, drift_step
@@ -50,13 +51,14 @@ class GeneratorTask:
         self,
         model: nn.Module,
         encoder: nn.Module,
-        source: LabelledImages,
+        sampler: DirectSampler | SampleQueue,
         *,
         batch: BatchConfig,
         guidance: GuidanceConfig,
         drift: DriftConfig,
         features: FeatureConfig,
         seed: int,
+        flip: bool = False,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
@@ -64,9 +66,9 @@ class GeneratorTask:
         group=None,
     ):
         batch.check_processes(num_processes)
-        self.model, self.encoder, self.source = model, encoder, source
+        self.model, self.encoder, self.sampler, self.source = model, encoder, sampler, sampler.source
         self.batch, self.guidance, self.drift, self.features = batch, guidance, drift, features
-        self.seed, self.device, self.dtype, self.group = seed, device, dtype, group
+        self.seed, self.flip, self.device, self.dtype, self.group = seed, flip, device, dtype, group
         labels_here = batch.labels // num_processes
         self.slots = range(rank * labels_here, (rank + 1) * labels_here)  # label slots of the global batch
         self.num_samples = batch.labels * batch.generated
@@ -79,23 +81,40 @@ class GeneratorTask:
         ]
         uniforms = uniform_draws(self.seed, "guidance", step, slots, (2,), "float64")
         guidance = draw_guidance(self.guidance, uniforms[:, 0], uniforms[:, 1])
-        positives = draw_class_rows(self.source, self.seed, step, slots, labels, counts.positives)
-        negatives = draw_any_rows(self.source, self.seed, step, slots, counts.negatives)
+        self.sampler.advance(step)
+        positives = self.sampler.positives(step, slots, labels)
+        negatives = self.sampler.negatives(step, slots)
         shape = (counts.generated, config.in_channels, config.input_size, config.input_size)
         noise = normal_draws(self.seed, "noise", step, slots, shape)
         styles = integer_draws(
             self.seed, "styles", step, slots, (counts.generated, config.num_style_tokens), config.style_codebook_size
         )
-        batch = DriftBatch(
+        return DriftBatch(
             labels=torch.from_numpy(labels),
             guidance_scale=torch.from_numpy(guidance),
-            positives=torch.from_numpy(self.source.rows(positives)),
-            negatives=torch.from_numpy(self.source.rows(negatives)),
+            positives=self._read("positives", step, positives),
+            negatives=self._read("negatives", step, negatives),
             noise=torch.from_numpy(noise).flatten(0, 1),
             style_indices=torch.from_numpy(styles).flatten(0, 1),
             guidance_weighs=not self.guidance.conditioning_only,
         )
+
+    def _read(self, stream: str, step: int, rows: np.ndarray) -> Tensor:
+        """Images [slots, count, C, H, W] of the drawn rows, mirrored at random where the run asks for it."""
+        flipped = draw_flips(self.seed, stream, step, self.slots, rows.shape[1]) if self.flip else None
+        return torch.from_numpy(self.source.rows(rows, flipped))
+
+    def transfer(self, batch: DriftBatch) -> DriftBatch:
+        """The batch on the run's device in the type of its weights."""
         return batch.to(self.device, self.dtype)
+
+    def data_state(self) -> dict[str, Tensor]:
+        """What the sampler holds after the last draw."""
+        return {name: torch.from_numpy(array) for name, array in self.sampler.state_arrays().items()}
+
+    def load_data_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved `data_state`."""
+        self.sampler.load_state_arrays({name: tensor.numpy() for name, tensor in state.items()})
 
     def compute(self, model: nn.Module, batch: DriftBatch, step: int, *, diagnostics: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The drifting loss of this process's labels and its metrics."""

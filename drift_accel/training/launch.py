@@ -71,7 +71,7 @@ def export_averages(run: RunFolder, model: nn.Module, averages: WeightAverages) 
     folders = []
     provenance = run.provenance_path.read_bytes()
     for decay in averages.averages:
-        target = run.export_dir(f"ema_{decay:g}")
+        target = run.export_dir(f"ema_{decay:.12g}")
         with averages.applied_to(model, decay), committed_folder(target, replace=True) as folder:
             model.save_pretrained(folder)
             (folder / "provenance.json").write_bytes(provenance)

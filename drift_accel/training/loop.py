@@ -19,6 +19,7 @@ from drift_accel.training.averages import WeightAverages
 from drift_accel.training.checkpoint import load_checkpoint, save_checkpoint
 from drift_accel.training.configuration import TrainingConfig
 from drift_accel.training.optimizer import learning_rate, make_optimizer, update_weights
+from drift_accel.training.prefetch import Prefetch
 from drift_accel.training.telemetry import Telemetry, read_metrics
 
 
@@ -29,7 +30,16 @@ class TrainingTask(Protocol):
     num_samples: int  # samples a step trains on, over all processes
 
     def draw(self, step: int):
-        """Everything random and real of this process's part of a step, on the device; a pure function of the step."""
+        """Everything random and real of this process's part of a step, on the host; called for one step after the other."""
+
+    def transfer(self, batch):
+        """A drawn batch on the run's device."""
+
+    def data_state(self) -> dict[str, Tensor]:
+        """What `draw` needs to go on after the step it drew last; empty where draws are functions of the step alone."""
+
+    def load_data_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved `data_state`."""
 
     def compute(self, model: nn.Module, batch, step: int, *, diagnostics: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss () and metrics {tag: ()} of this process's part; `model` is the task's own, wrapped for distribution."""
@@ -45,6 +55,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     averages: WeightAverages
     step: int = 0
+    data_state: dict[str, Tensor] = field(default_factory=dict)  # of the last finished step: the next one is drawn already
 
     @property
     def group(self):
@@ -108,7 +119,8 @@ def resume(state: TrainingState, run: RunFolder, log: Callable[[str], None]) -> 
     if found is None:
         return
     state.step, folder = found
-    load_checkpoint(folder, state.task.model, inner_optimizer(state.optimizer), state.averages)
+    state.data_state = load_checkpoint(folder, state.task.model, inner_optimizer(state.optimizer), state.averages)
+    state.task.load_data_state(state.data_state)
     log(f"resuming from {folder} after {state.step} steps")
 
 
@@ -117,43 +129,53 @@ def train(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: H
 
     Raises NonFiniteError on every process when a loss or gradient is not finite.
     """
-    is_main = state.accelerator.is_main_process
-    telemetry = Telemetry(run, state.step, enabled=is_main)
-    gate = FiniteGate()
     if state.step > config.steps:
         raise ValueError(f"the run has {state.step} steps already but steps is {config.steps}: raise it, or use another folder")
-    with Progress(config.steps, initial=state.step, description=run.path.name, enabled=is_main) as progress:
-        if state.step == config.steps:
-            progress.log(f"{run.path}: all {config.steps} steps are done")
-        while state.step < config.steps:
-            due = _due(config, state.step + 1)
-            metrics, non_finite = train_step(state, config, diagnostics=due.log)
-            gate.watch(state.step, non_finite, metrics)
-            shown = {}
-            if due.log:
-                values = read_metrics(metrics, state.accelerator.num_processes, state.group)
-                record = telemetry.record(state.step, values, state.task.num_samples)
-                shown = {name: record[name] for name in PROGRESS_METRICS if name in record}
-                if is_main:
-                    hooks.on_log(state.step, record)
-            if due.sample or due.checkpoint:
-                gate.check()  # what follows must never show or keep a step that was not finite
-            if due.sample and is_main:
-                hooks.on_sample(state.step, state, telemetry)
-            if due.checkpoint:
-                write_checkpoint(state, config, run, hooks)
-            progress.update(**shown)
-        gate.check()
-    telemetry.close()
+    is_main = state.accelerator.is_main_process
+    telemetry = Telemetry(run, state.step, enabled=is_main)
+    prefetch = Prefetch(lambda step: (state.task.draw(step), state.task.data_state()), state.step, config.steps)
+    gate = FiniteGate()
+    try:
+        with Progress(config.steps, initial=state.step, description=run.path.name, enabled=is_main) as progress:
+            if state.step == config.steps:
+                progress.log(f"{run.path}: all {config.steps} steps are done")
+            while state.step < config.steps:
+                due = _due(config, state.step + 1)
+                batch, state.data_state = prefetch.take()
+                metrics, non_finite = train_step(state, config, batch, diagnostics=due.log)
+                gate.watch(state.step, non_finite, metrics)
+                shown = {}
+                if due.log:
+                    record = log_step(state, metrics, telemetry, prefetch)
+                    shown = {name: record[name] for name in PROGRESS_METRICS if name in record}
+                    if is_main:
+                        hooks.on_log(state.step, record)
+                if due.sample or due.checkpoint:
+                    gate.check()  # what follows must never show or keep a step that was not finite
+                if due.sample and is_main:
+                    hooks.on_sample(state.step, state, telemetry)
+                if due.checkpoint:
+                    write_checkpoint(state, config, run, hooks)
+                progress.update(**shown)
+            gate.check()
+    finally:
+        prefetch.close()
+        telemetry.close()
+
+
+def log_step(state: TrainingState, metrics: dict[str, Tensor], telemetry: Telemetry, prefetch: Prefetch) -> dict[str, float]:
+    """Read a step's metrics from the device and record them."""
+    values = read_metrics(metrics, state.accelerator.num_processes, state.group)
+    return telemetry.record(state.step, values, state.task.num_samples, prefetch.read_waited())
 
 
 PROGRESS_METRICS = ("loss", "drift_sqnorm_0.2", "reconstruction", "accuracy")  # what the progress line shows
 
 
-def train_step(state: TrainingState, config: TrainingConfig, *, diagnostics: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step: draw, loss, gradient, clipped update, averages. Returns metrics and the non-finite flag."""
+def train_step(state: TrainingState, config: TrainingConfig, batch, *, diagnostics: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step: loss, gradient, clipped update, averages. Returns metrics and the non-finite flag."""
     step = state.step
-    batch = state.task.draw(step)
+    batch = state.task.transfer(batch)
     with state.accelerator.autocast():
         loss, metrics = state.task.compute(state.model, batch, step, diagnostics=diagnostics)
     state.accelerator.backward(loss)
@@ -170,7 +192,15 @@ def write_checkpoint(state: TrainingState, config: TrainingConfig, run: RunFolde
     """Write a checkpoint on the main process while the others wait, then drop the oldest ones."""
     if state.accelerator.is_main_process:
         record = {"num_processes": state.accelerator.num_processes, "torch": torch.__version__}
-        folder = save_checkpoint(run, state.step, state.task.model, inner_optimizer(state.optimizer), state.averages, record)
+        folder = save_checkpoint(
+            run,
+            state.step,
+            state.task.model,
+            inner_optimizer(state.optimizer),
+            state.averages,
+            data_state=state.data_state,
+            record=record,
+        )
         run.prune_checkpoints(config.checkpoint.keep_last)
         hooks.on_checkpoint(state.step, folder)
     state.accelerator.wait_for_everyone()

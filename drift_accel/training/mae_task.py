@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drift_accel.data.labelled_images import LabelledImages
-from drift_accel.data.samplers import draw_epoch_rows
+from drift_accel.data.samplers import draw_epoch_rows, draw_flips
 from drift_accel.foundation.random_streams import uniform_draws
 
 
@@ -64,6 +64,7 @@ class MaeTask:
         classifier: ClassifierConfig,
         total_steps: int,
         seed: int,
+        flip: bool = False,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
@@ -71,7 +72,7 @@ class MaeTask:
     ):
         self.model, self.source = model, source
         self.mask_ratio, self.classifier, self.total_steps = mask_ratio, classifier, total_steps
-        self.seed, self.device, self.dtype = seed, device, dtype
+        self.seed, self.flip, self.device, self.dtype = seed, flip, device, dtype
         self.num_samples = batch_size
         here = batch_size // num_processes
         self.slots = np.arange(rank * here, (rank + 1) * here)
@@ -83,11 +84,24 @@ class MaeTask:
         side = config.input_size // config.input_patch_size // config.mask_patch_size
         uniforms = uniform_draws(self.seed, "mask", step, self.slots.tolist(), (1, side, side))
         mask = self.model.expand_mask(torch.from_numpy((uniforms < self.mask_ratio).astype(np.float32)))
+        flipped = draw_flips(self.seed, "images", step, self.slots, 1)[:, 0] if self.flip else None
+        images = torch.from_numpy(self.source.rows(rows, flipped))
+        return MaeBatch(images, torch.from_numpy(self.source.labels[rows]), mask)
+
+    def transfer(self, batch: MaeBatch) -> MaeBatch:
+        """The batch on the run's device in the type of its weights."""
         return MaeBatch(
-            images=torch.from_numpy(self.source.rows(rows)).to(self.device, self.dtype),
-            labels=torch.from_numpy(self.source.labels[rows]).to(self.device),
-            mask=mask.to(self.device, self.dtype),
+            images=batch.images.to(self.device, self.dtype, non_blocking=True),
+            labels=batch.labels.to(self.device, non_blocking=True),
+            mask=batch.mask.to(self.device, self.dtype, non_blocking=True),
         )
+
+    def data_state(self) -> dict[str, Tensor]:
+        """Nothing: draws are functions of the step."""
+        return {}
+
+    def load_data_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
 
     def compute(self, model: nn.Module, batch: MaeBatch, step: int, *, diagnostics: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of this process's images; metrics are the means of its parts."""

@@ -160,8 +160,8 @@ def step_metrics(loss: Tensor, key_losses: Mapping[str, Tensor], results: Mappin
         metrics[f"key_loss/{key}"] = key_losses[key].detach()
         metrics[f"scale/{key}"] = result.scale
         for temperature, value in result.drift_sqnorm.items():
-            metrics[f"drift_sqnorm_{temperature:g}/{key}"] = value
+            metrics[f"drift_sqnorm_{temperature:.12g}/{key}"] = value
         for name, values in (result.diagnostics or {}).items():
             for temperature, value in values.items():
-                metrics[f"{name}_{temperature:g}/{key}"] = value
+                metrics[f"{name}_{temperature:.12g}/{key}"] = value
     return metrics

@@ -42,19 +42,22 @@ class Telemetry:
             run.truncate_metrics(start_step)
             self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=start_step + 1)
 
-    def record(self, step: int, values: Mapping[str, float], num_samples: int) -> dict[str, float]:
+    def record(self, step: int, values: Mapping[str, float], num_samples: int, waited: float) -> dict[str, float]:
         """Write the metrics of `step` (optimiser steps done) with rates since the last record; returns the whole record.
 
-        `num_samples` is the number of samples that one step trains on, over all processes.
+        `num_samples` is the number of samples that one step trains on, over all processes; `waited` the seconds since the
+        last record that this process waited for data.
         """
         now = time.perf_counter()
-        steps_per_second = (step - self._last_step) / max(now - self._last_time, 1e-9)
+        elapsed = max(now - self._last_time, 1e-9)
+        steps_per_second = (step - self._last_step) / elapsed
         self._last_time, self._last_step = now, step
         record = {
             **values,
             **summarise(values),
             "steps_per_second": steps_per_second,
             "samples_per_second": steps_per_second * num_samples,
+            "data_wait_share": waited / elapsed,
         }
         if self._writer is not None:
             self._run.append_metrics({"step": step, **record})
