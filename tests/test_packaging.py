@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -169,7 +170,8 @@ def test_scripts_are_valid_shell(script):
 
 PYTHON = os.path.realpath(sys.executable)
 # Plays the interpreter of .venv: writes down what it was asked for and installs nothing.
-FAKE_VENV_PYTHON = """#!/bin/sh
+FAKE_VENV_PYTHON = f"""#!/bin/sh
+[ "$*" = --version ] && echo "${{VENV_VERSION:-Python {platform.python_version()}}}" && exit
 echo "$@" >> "$0.log"
 case "$*" in *"import torch, torchvision"*) [ -z "$WITHOUT_TORCH" ];; esac
 """
@@ -257,6 +259,12 @@ class TestSetUp:
         _, asked = run_set_up(clone, programs, WITHOUT_TORCH="1")
         (line,) = (line for line in asked if "pip" in line and "torchvision" in line)
         assert line.endswith("torch>=2.11 torchvision")
+
+    def test_another_python_than_the_one_of_venv_is_refused(self, clone, programs):
+        (programs / "python3").symlink_to(PYTHON)
+        result, asked = run_set_up(clone, programs, VENV_VERSION="Python 3.9.1")
+        assert result.returncode == 1 and asked == []
+        assert ".venv was made with Python 3.9.1" in result.stderr and "Delete .venv" in result.stderr
 
     def test_a_failed_installation_is_an_error_and_tried_again(self, clone, programs):
         (programs / "python3").symlink_to(PYTHON)
