@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from dense_couplings import log_sum_exp
 
 SELF_PAIR_DISTANCE = 100.0
 SQUARED_DISTANCE_FLOOR = 1e-8
@@ -55,7 +56,8 @@ FLOOR_MUTATIONS = ("no_distance_floor", "no_unit_floor", "no_logit_scale_floor",
 
 @dataclass(frozen=True)
 class DenseDrift:
-    """loss [B], gradient of mean(loss) [B, G, S], scale s, {tau: n_tau}, {tau: {name: value}}, {tau: V_tau [B, G, S]}."""
+    """loss [B], gradient of mean(loss) [B, G, S], scale s, {tau: n_tau}, {tau: {name: value}}, {tau: V_tau [B, G, S]},
+    the weighted mean of d^2, {tau: B pairs of A and c [G, M]}."""
 
     loss: np.ndarray
     gradient: np.ndarray
@@ -63,12 +65,27 @@ class DenseDrift:
     sqnorm: dict
     diagnostics: dict
     drift: dict
+    mean_square: float
+    couplings: dict
 
 
-def dense_drift(generated, positives, negatives, weights, temperatures, *, scale=None, sqnorm=None, mutation=None):
+def dense_drift(
+    generated,
+    positives,
+    negatives,
+    weights,
+    temperatures,
+    *,
+    scale=None,
+    sqnorm=None,
+    mutation=None,
+    mean_square=None,
+    options=None,
+):
     """Drift loss of one feature key: generated [B,G,S], positives [B,P,S], negatives [B,N,S], weights [B,N].
 
-    `scale` and `sqnorm` {tau: n_tau} replace the statistics of this batch. `mutation` makes one named mistake.
+    `scale`, `mean_square` (of the distances) and `sqnorm` {tau: n_tau} replace the statistics of this batch. `mutation` makes
+    one named mistake. `options` (dense_couplings.DenseOptions) replaces the method of the release's coefficients.
     """
     if mutation is not None and mutation not in MUTATIONS + FLOOR_MUTATIONS:
         raise ValueError(f"mutation is {mutation!r}; choose one of {MUTATIONS + FLOOR_MUTATIONS}")
@@ -87,15 +104,26 @@ def dense_drift(generated, positives, negatives, weights, temperatures, *, scale
     if mutation == "scale_per_problem":
         problem_scale = [_scale(d, w, num_generated, [b], mutation) for b in range(num_problems)]
 
+    if mean_square is None:
+        weighing = "no_weight_in_scale" if getattr(options, "mutation", None) == "square_of_unweighted_mean" else None
+        mean_square = _scale([value**2 for value in d], w, num_generated, counted, weighing)
+    if getattr(options, "mutation", None) == "square_unit":
+        problem_scale = [math.sqrt(mean_square)] * num_problems
+
     drift = {float(tau): np.zeros_like(x) for tau in temperatures}  # V_tau [B, G, S]
     parts = {tau: [] for tau in drift}
     unit = [_unit(problem_scale[b], num_features, mutation) for b in range(num_problems)]
     for tau in drift:
         for b in range(num_problems):
-            affinity, on_floor = _affinity(
-                d[b], w[b], tau, problem_scale[b], num_generated, num_negatives, num_features, mutation
-            )
-            coefficient = _coefficients(affinity, num_generated, num_negatives, mutation)
+            if options is None:
+                affinity, on_floor = _affinity(
+                    d[b], w[b], tau, problem_scale[b], num_generated, num_negatives, num_features, mutation
+                )
+                coefficient = _coefficients(affinity, num_generated, num_negatives, mutation)
+            else:
+                affinity, coefficient, on_floor = options.coefficients(
+                    d[b], w[b], tau, scale, mean_square, num_generated, num_generated + num_negatives
+                )
             for i in range(num_generated):
                 for j in range(num_targets):  # 1.5: V_tau,i = sum_j c_ij y~_j - (sum_j c_ij) x~_i
                     drift[tau][b, i] += coefficient[i, j] * (y[b, j] - x[b, i]) / unit[b]
@@ -115,10 +143,14 @@ def dense_drift(generated, positives, negatives, weights, temperatures, *, scale
         difference = centre / unit[b] - total  # 1.7: x/u - sg(x~ + V); the gradient flows through the first term alone
         square = difference**2
         loss[b] = square.sum() if mutation == "loss_summed_over_features" else square.mean()
+        if options is not None and options.field == "per_temperature":  # one loss a temperature; the same gradient
+            loss[b] = sum(((drift[tau][b] / _norm(sqnorm[tau], None)) ** 2).mean() for tau in drift)
+            loss[b] /= len(drift) if options.mutation == "temperatures_averaged" else 1
         count = num_generated * (1 if mutation == "loss_summed_over_features" else num_features)
         gradient[b] = 2.0 * difference / (count * unit[b]) / num_problems
     diagnostics = {tau: _diagnostics(parts[tau], num_generated, num_negatives) for tau in drift}
-    return DenseDrift(loss, gradient, float(scale), sqnorm, diagnostics, drift)
+    couplings = {tau: [(affinity, c) for affinity, c, _ in parts[tau]] for tau in drift}
+    return DenseDrift(loss, gradient, float(scale), sqnorm, diagnostics, drift, float(mean_square), couplings)
 
 
 def _distances(x, y, mutation):
@@ -170,10 +202,10 @@ def _affinity(d, w, tau, scale, num_generated, num_negatives, num_features, muta
             l[i, j] = -dn / tau
             if mutation == "weight_before_softmax":
                 l[i, j] += math.log(w[j]) if w[j] > 0 else -1e30
-    lse_row = [_log_sum_exp(l[i, :]) for i in range(num_generated)]
-    lse_col = [_log_sum_exp(l[:, j]) for j in range(num_targets)]
+    lse_row = [log_sum_exp(l[i, :]) for i in range(num_generated)]
+    lse_col = [log_sum_exp(l[:, j]) for j in range(num_targets)]
     if mutation == "column_softmax_over_all_targets":
-        lse_col = [_log_sum_exp(l.ravel())] * num_targets
+        lse_col = [log_sum_exp(l.ravel())] * num_targets
     affinity, on_floor = np.zeros_like(d), np.zeros(d.shape, dtype=bool)
     for i in range(num_generated):
         for j in range(num_targets):
@@ -225,11 +257,6 @@ def _norm(n, mutation):
     return math.sqrt(max(n, 1e-30 if mutation == "no_sqnorm_floor" else SQNORM_FLOOR))
 
 
-def _log_sum_exp(values):
-    largest = max(values)
-    return largest + math.log(sum(math.exp(max(value - largest, -700.0)) for value in values))
-
-
 def _diagnostics(parts, num_generated, num_negatives):
     """Of one temperature, over all problems: how the coupling spreads.
 
@@ -253,7 +280,8 @@ def _diagnostics(parts, num_generated, num_negatives):
 
 
 def _sample_size(weights):
-    return float(weights.sum() ** 2 / (weights**2).sum())
+    weights = weights / max(weights.max(), 1e-300)  # the squares of tiny ones are not lost
+    return float(weights.sum() ** 2 / (weights**2).sum()) if weights.any() else 0.0
 
 
 def dense_features(maps, encoder_input=None, windows=(2, 4)):

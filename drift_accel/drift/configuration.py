@@ -76,9 +76,9 @@ class DriftConfig:
         _require_one_of("sinkhorn_marginal", self.sinkhorn_marginal, ("weighted_cols", "none"))
         _require_one_of("drift_form", self.drift_form, ("joint", "split"))
         _require_one_of("metric", self.metric, ("l2", "l2_sq"))
-        if not 0 <= self.affinity_floor < 1:
-            raise ValueError(f"drift.affinity_floor is {self.affinity_floor}: give a product of probabilities in [0, 1)")
-        if self.sinkhorn_iterations < 1:
+        if not 0 <= self.affinity_floor < float("inf"):
+            raise ValueError(f"drift.affinity_floor is {self.affinity_floor}: give a finite number of at least 0")
+        if not isinstance(self.sinkhorn_iterations, int) or self.sinkhorn_iterations < 1:
             raise ValueError(f"drift.sinkhorn_iterations is {self.sinkhorn_iterations}: give an integer of at least 1")
         for name in ("attraction", "repulsion"):
             if not 0 <= getattr(self, name) < float("inf"):

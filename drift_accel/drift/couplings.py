@@ -128,8 +128,11 @@ def _split_coefficients(problems: DriftProblems, A: Tensor) -> Tensor:
 
 
 def _weigh_parts(problems: DriftProblems, c: Tensor, config: DriftConfig) -> Tensor:
-    """Multiply what repels and what attracts; their remainder goes to x_i itself, so that the origin still does not matter."""
-    if config.attraction == config.repulsion == 1:
+    """Multiply what repels and what attracts; the remainder goes to x_i itself, so that the origin still does not matter.
+
+    There is one where the multipliers differ, and in the split form where a side has no mass.
+    """
+    if config.drift_form == "joint" and config.attraction == config.repulsion == 1:
         return c
     c_negative, c_positive = _sides(problems, c)
     c_negative.mul_(config.repulsion)

@@ -120,6 +120,8 @@ def _check_given(statistics: Mapping[str, DriftStatistics], problems: Mapping, c
     for key in problems:
         if key not in statistics:
             raise ValueError(f"statistics has no entry for feature key {key!r}: it has {sorted(statistics)}")
+        if config.metric == "l2_sq" and statistics[key].mean_squared_distance is None:
+            raise ValueError(f"statistics of key {key!r} has no mean_squared_distance, which drift.metric 'l2_sq' divides by")
         missing = set(config.temperatures) - set(statistics[key].drift_sqnorm)
         if missing:
             raise ValueError(
