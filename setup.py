@@ -59,6 +59,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["drift_accel", "drift_accel.*"]),
+    package_data={"drift_accel.models": ["digits_vae/*"]},
     install_requires=[
         *torch_requirements(),
         *evaluation_requirements(),

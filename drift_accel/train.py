@@ -3,14 +3,16 @@
 The same command resumes an interrupted run. `--dry_run` checks and prints the configuration and touches nothing.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from drift_accel.data import DataConfig, LabelledImages, make_sampler, open_source
+from drift_accel.data import DataConfig, make_sampler, open_source
 from drift_accel.data.samplers import small_classes
+from drift_accel.data.sources import Source, describe_source, require_same_space
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig
 from drift_accel.drift.configuration import BackendError
 from drift_accel.drift.loss import require_backend
@@ -22,9 +24,11 @@ from drift_accel.models.configuration import EncoderConfig, GeneratorConfig, loa
 from drift_accel.training.configuration import TrainingConfig
 from drift_accel.training.generator_task import BatchConfig, GeneratorTask
 from drift_accel.training.launch import (
+    DATA_DESCRIPTION,
     TORCH_TYPES,
     closing_notes,
-    export_averages,
+    finish_run,
+    hash_weights,
     open_run,
     place,
     seeded_generator,
@@ -44,6 +48,8 @@ class SampleConfig:
     """Classes in a grid, the first ones."""
     guidance_scale: float = 1.0
     """Guidance of the samples, at least 1."""
+    vae: str | None = None
+    """Decodes latents for the pictures: "digits" (bundled), a folder or a hub id; null shows channels of 1 or 3 as they are."""
 
     def __post_init__(self):
         if self.columns < 1 or self.max_classes < 1:
@@ -65,6 +71,8 @@ class GeneratorTrainingConfig(TrainingConfig):
     drift: DriftConfig = field(default_factory=DriftConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    gradient_checkpointing: bool = False
+    """Recompute each block of the generator in the backward pass instead of keeping its activations."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,6 +81,11 @@ class GeneratorTrainingConfig(TrainingConfig):
         if self.num_processes is not None:
             self.batch.check_processes(self.num_processes)
 
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """Also pictures, what saves memory alone, and where the encoder lies: its weights are compared by their hash."""
+        return (*super().may_change, "sample", "gradient_checkpointing", "encoder.path")
+
     def check_launch(self, num_processes: int) -> None:
         """Also refuse labels that the launched processes cannot share."""
         super().check_launch(num_processes)
@@ -80,7 +93,7 @@ class GeneratorTrainingConfig(TrainingConfig):
         require_backend(self.drift.backend)
 
 
-def check_fit(config: GeneratorTrainingConfig, encoder, source: LabelledImages) -> None:
+def check_fit(config: GeneratorTrainingConfig, encoder, source: Source) -> None:
     """Raise ValueError where generator, encoder and data do not agree on shapes or classes."""
     generator = config.generator.resolved()
     shape = (generator["in_channels"], generator["input_size"], generator["input_size"])
@@ -90,10 +103,16 @@ def check_fit(config: GeneratorTrainingConfig, encoder, source: LabelledImages) 
         )
     if generator["num_classes"] < source.num_classes:
         raise ValueError(f"generator.num_classes is {generator['num_classes']} but the data has {source.num_classes} classes")
+    unknown = [name for name in config.features.maps or () if name not in encoder.map_names]
+    if unknown:
+        raise ValueError(f"features.maps names {', '.join(unknown)}, but the encoder has {', '.join(encoder.map_names)}")
     if encoder.config.in_channels != shape[0]:
         raise ValueError(
             f"encoder.path {config.encoder.path} takes {encoder.config.in_channels} channels but the generator makes {shape[0]}"
         )
+    description = Path(config.encoder.path) / DATA_DESCRIPTION
+    if description.exists():
+        require_same_space(describe_source(source), json.loads(description.read_text()), f"encoder.path {config.encoder.path}")
     if shape[1] % encoder.config.input_patch_size:
         raise ValueError(
             f"encoder.path {config.encoder.path} patchifies by {encoder.config.input_patch_size}, "
@@ -101,9 +120,14 @@ def check_fit(config: GeneratorTrainingConfig, encoder, source: LabelledImages) 
         )
 
 
-def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: LabelledImages) -> Hooks:
-    """Sample grids with the first average's weights, as PNG and in TensorBoard."""
-    from drift_accel.sampling import class_grid_array, generate, save_class_grid
+def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Source, device: torch.device) -> Hooks:
+    """Sample grids with the first average's weights, as PNG and in TensorBoard; none of latents without a VAE."""
+    from drift_accel.models.autoencoder import load_vae
+    from drift_accel.sampling import class_grid_array, decode_latents, generate, save_grid
+
+    vae = None if config.sample.vae is None else load_vae(config.sample.vae).to(device)
+    if vae is None and source.image_shape[0] not in (1, 3):
+        return Hooks()
 
     num_classes = min(config.sample.max_classes, source.num_classes)
     labels = torch.arange(num_classes).repeat_interleave(config.sample.columns)
@@ -111,9 +135,10 @@ def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Labelled
     def sample(step: int, state: TrainingState, telemetry: Telemetry) -> None:
         with state.averages.applied_to(state.task.model, config.ema.decays[0]) as model:
             images = generate(model, labels, guidance_scale=config.sample.guidance_scale, seed=config.seed)
-        settings = {"class_names": source.class_names, "columns": config.sample.columns}
-        save_class_grid(images, labels, run.sample_path(step), **settings)
-        telemetry.add_image("samples", class_grid_array(images, labels, **settings), step)
+        images = images if vae is None else decode_latents(vae, images.float())
+        grid = class_grid_array(images, labels, class_names=source.class_names, columns=config.sample.columns)
+        save_grid(grid, run.sample_path(step))
+        telemetry.add_image("samples", grid, step)
 
     return Hooks(on_sample=sample)
 
@@ -129,11 +154,16 @@ def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
         check_fit(config, encoder, source)
         counts = {"positives": config.batch.positives, "negatives": config.batch.negatives}
         sampler = make_sampler(config.data, source, config.seed, **counts)
-        run = open_run(output_dir, config, accelerator)
+        repeated = small_classes(source, config.batch.positives)
+        identity = {"encoder_weights_sha256": hash_weights(config.encoder.path)}
+        run = open_run(output_dir, config, accelerator, identity)
+        hooks = make_hooks(config, run, source, accelerator.device)
 
     def work() -> None:
         generator = Generator(**config.generator.arguments())
         generator.initialize_weights(seeded_generator(config.seed, "generator_weights"))
+        if config.gradient_checkpointing:
+            generator.enable_gradient_checkpointing()
         task = GeneratorTask(
             place(generator, config, accelerator.device),
             place(encoder, config, accelerator.device),
@@ -150,17 +180,16 @@ def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
             num_processes=accelerator.num_processes,
             group=world_group(),
         )
-        repeated = small_classes(source, config.batch.positives)
         if repeated:
             accelerator.print(f"classes with fewer than {config.batch.positives} images repeat some: {', '.join(repeated)}")
         state = start_state(task, config, accelerator)
         resume(state, run, accelerator.print)
         if state.step == 0:
             fill(sampler, source.num_classes, enabled=accelerator.is_main_process)
-        train(state, config, run, make_hooks(config, run, source))
+        first_step = state.step
+        train(state, config, run, hooks)
         if accelerator.is_main_process:
-            for folder in export_averages(run, task.model, state.averages):
-                print(f"exported {folder}")
+            finish_run(run, state, first_step, describe_source(source))
 
     closing_notes(run, accelerator, work)
     accelerator.end_training()

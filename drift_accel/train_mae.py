@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drift_accel.data import DataConfig, LabelledImages, open_source
+from drift_accel.data import DataConfig, open_source
+from drift_accel.data.sources import Source, describe_source
 from drift_accel.foundation.collectives import process_index, world_group
 from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
 from drift_accel.models.configuration import MaskedAutoencoderConfig
@@ -15,7 +16,7 @@ from drift_accel.training.configuration import TrainingConfig, require_positive
 from drift_accel.training.launch import (
     TORCH_TYPES,
     closing_notes,
-    export_averages,
+    finish_run,
     open_run,
     place,
     seeded_generator,
@@ -63,7 +64,7 @@ class MaeTrainingConfig(TrainingConfig):
             raise ValueError(f"batch_size is {self.batch_size}, which {num_processes} processes cannot share evenly: change it")
 
 
-def check_fit(config: MaeTrainingConfig, source: LabelledImages) -> None:
+def check_fit(config: MaeTrainingConfig, source: Source) -> None:
     """Raise ValueError where autoencoder and data do not agree on shapes or classes."""
     mae = config.mae.resolved()
     shape = (mae["in_channels"], mae["input_size"], mae["input_size"])
@@ -102,10 +103,10 @@ def run_training(config: MaeTrainingConfig, output_dir: Path) -> None:
         )
         state = start_state(task, config, accelerator)
         resume(state, run, accelerator.print)
+        first_step = state.step
         train(state, config, run, Hooks())
         if accelerator.is_main_process:
-            for folder in export_averages(run, task.model, state.averages):
-                print(f"exported {folder}")
+            finish_run(run, state, first_step, describe_source(source))
 
     closing_notes(run, accelerator, work)
     accelerator.end_training()

@@ -10,10 +10,12 @@ from torch import distributed
 
 from drift_accel.foundation import collectives
 from drift_accel.foundation.collectives import (
+    gather_text,
     packed_all_reduce,
     process_index,
     require_agreement,
     require_num_processes,
+    run_on_main,
     world_group,
     world_size,
 )
@@ -37,6 +39,8 @@ def test_alone_nothing_is_sent():
     assert world_size(None) == 1
     assert process_index(None) == 0
     require_agreement("abc", "configuration", None)
+    assert run_on_main(lambda: 3, None) == 3
+    assert gather_text("here", None) == ["here"]
 
 
 def test_mixed_tensors_are_refused_by_a_process_alone_too():
@@ -60,9 +64,13 @@ def test_number_of_processes():
 def refusal(call) -> str:
     try:
         call()
-    except ValueError as error:
-        return str(error)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
     return ""
+
+
+def refuse():
+    raise ValueError("the disk is full")
 
 
 def process_main(process: int, folder: str) -> None:
@@ -101,6 +109,11 @@ def process_main(process: int, folder: str) -> None:
         "agreed": refusal(lambda: require_agreement("abc", "configuration", group)),
         "differed": refusal(lambda: require_agreement(f"abc{process}", "configuration", group)),
     }
+    called = []
+    report["from_main"] = run_on_main(lambda: called.append(process) or f"made by {process}", group)
+    report["called"] = called
+    report["failed_on_main"] = refusal(lambda: run_on_main(refuse, group))
+    report["texts"] = gather_text(f"text {process}", group)
     Path(folder, f"report_{process}.json").write_text(json.dumps(report))
     distributed.barrier()
     distributed.destroy_process_group()
@@ -125,6 +138,16 @@ def test_sums_over_processes_travel_in_one_message(reports):
         assert report["empty"] == []
         assert report["size"] == NUM_PROCESSES
         assert report["index"] == process
+
+
+@pytest.mark.multiprocess
+def test_work_of_the_main_process_reaches_all_or_stops_all(reports):
+    for process, report in enumerate(reports):
+        assert report["from_main"] == "made by 0"
+        assert report["called"] == ([0] if process == 0 else [])
+        assert report["texts"] == ["text 0", "text 1"]
+    assert reports[0]["failed_on_main"] == "ValueError: the disk is full"
+    assert reports[1]["failed_on_main"] == "RuntimeError: process 0 stopped with ValueError: the disk is full"
 
 
 @pytest.mark.multiprocess

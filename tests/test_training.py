@@ -1,5 +1,6 @@
 """The real trainers, end to end on tiny models: resume, several processes, non-finite steps, what a run leaves behind."""
 
+import json
 import os
 import shutil
 import signal
@@ -136,7 +137,7 @@ def test_a_non_finite_loss_stops_with_untouched_weights(encoder, tmp_path, monke
 
     monkeypatch.setattr(GeneratorTask, "compute", poisoned)
     seen = {}
-    monkeypatch.setattr(train, "export_averages", lambda *_: pytest.fail("a run that failed exported weights"))
+    monkeypatch.setattr(train, "finish_run", lambda *_: pytest.fail("a run that failed exported weights"))
     start_state = train.start_state
     monkeypatch.setattr(train, "start_state", lambda *args: seen.setdefault("state", start_state(*args)))
     with pytest.raises(NonFiniteError, match=r"step 4: not finite: scale/conv1"):
@@ -156,6 +157,79 @@ def test_bfloat16_keeps_float32_weights(encoder, tmp_path):
     tensors = checkpoint_tensors(tmp_path / "run", 2)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_an_encoder_that_changed_is_refused_and_one_that_moved_is_not(encoder, tmp_path):
+    run, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    run_generator(encoder, run, "--steps", "2")
+    shutil.copytree(encoder, moved)
+    run_generator(moved, run, "--steps", "3")
+    mae = MaskedAutoencoder.from_pretrained(encoder)
+    with torch.no_grad():
+        next(mae.encoder.parameters()).mul_(1.5)
+    mae.save_pretrained(other)
+    with pytest.raises(SystemExit, match="encoder_weights_sha256"):
+        run_generator(other, run, "--steps", "4")
+    assert max(metrics(run)) == 3
+
+
+def test_fewer_steps_than_are_done_and_unknown_maps_are_refused_before_anything_changes(encoder, tmp_path):
+    run = tmp_path / "run"
+    run_generator(encoder, run, "--steps", "3")
+    saved = (run / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit, match="has 3 steps already but steps is 2"):
+        run_generator(encoder, run, "--steps", "2")
+    assert (run / "config.yaml").read_bytes() == saved
+    with pytest.raises(SystemExit, match=r"features.maps names conv9, but the encoder has conv1, layer1"):
+        run_generator(encoder, tmp_path / "new", "--steps", "2", "--features.maps", '["conv9"]')
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_run_is_left_alone_and_remembers_its_sessions(encoder, tmp_path):
+    run = tmp_path / "run"
+    run_generator(encoder, run, "--steps", "2")
+    exported = (run / "exports/ema_0.99/provenance.json").read_bytes()
+    run_generator(encoder, run, "--steps", "2")
+    assert (run / "exports/ema_0.99/provenance.json").read_bytes() == exported
+    assert len(json.loads((run / "provenance.json").read_text())["sessions"]) == 2
+    shutil.rmtree(run / "exports/ema_0.99")
+    run_generator(encoder, run, "--steps", "2")
+    assert (run / "exports/ema_0.99/config.json").exists()
+
+
+def test_gradient_checkpointing_changes_memory_only(encoder, tmp_path):
+    run_generator(encoder, tmp_path / "plain", "--steps", "3")
+    run_generator(encoder, tmp_path / "recomputed", "--steps", "3", "--gradient_checkpointing", "true")
+    assert_same_tensors(checkpoint_tensors(tmp_path / "plain", 3), checkpoint_tensors(tmp_path / "recomputed", 3))
+
+
+def test_gradient_accumulation_of_the_environment_does_not_reach_the_loss(encoder, tmp_path, monkeypatch):
+    run_generator(encoder, tmp_path / "plain", "--steps", "2")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run_generator(encoder, tmp_path / "set", "--steps", "2")
+    assert_same_tensors(checkpoint_tensors(tmp_path / "plain", 2), checkpoint_tensors(tmp_path / "set", 2))
+
+
+@pytest.mark.multiprocess
+def test_processes_that_see_different_checkpoints_are_refused(encoder, tmp_path):
+    """As with a folder that is not shared by all machines: the second process reads another checkpoint."""
+    run, script = tmp_path / "run", tmp_path / "separate.py"
+    run_generator(encoder, run, "--steps", "2")
+    script.write_text(
+        "import os, sys\n"
+        "from drift_accel.training import loop\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    loop.sha256_file = lambda path: 'another'\n"
+        "from drift_accel.train import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = launch_command(2, "drift_accel.train", generator_arguments(encoder, run, "--steps", "4"))
+    module = command.index("drift_accel.train")
+    command[module - 1 : module + 1] = [str(script)]
+    result = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=200)
+    assert result.returncode != 0
+    assert "is the folder shared by all machines?" in result.stderr
+    assert max(metrics(run)) == 2
 
 
 @pytest.mark.multiprocess

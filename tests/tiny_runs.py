@@ -1,10 +1,12 @@
 """Runs of the real trainers that are small enough for the suite: the digits recipes with fewer and thinner parts."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -60,6 +62,14 @@ def launch_command(num_processes: int, module: str, arguments: list[str]) -> lis
 def launch_environment() -> dict[str, str]:
     """One thread a process, no GPU: `--multi_gpu` with this variable is how accelerate starts several on a CPU."""
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def load_tool(name: str) -> ModuleType:
+    """A command of tools/ as a module, so that its main can be called without another process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def metrics(run: Path) -> dict[int, dict]:

@@ -43,8 +43,11 @@ def main() -> None:
         parser.error(f"--guidance_scale is {arguments.guidance_scale}: guidance starts at 1 (no guidance)")
 
     run = RunFolder(arguments.run)
-    folder = find_export(run, arguments.export)
-    generator = load_export(folder, Generator, "export")
+    try:
+        folder = run.find_export(arguments.export)
+        generator = load_export(folder, Generator, "export")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     labels = balanced_labels(NUM_GENERATED, 10)
     images = generate(generator, labels, guidance_scale=arguments.guidance_scale, seed=arguments.seed).clamp(-1, 1)
     results = evaluate(images, labels)
@@ -61,16 +64,6 @@ def main() -> None:
     print(
         f"samples:        {samples_path}\ntraining curve: {curve_path}\nresults:        {results_path}\nmodel:          {folder}"
     )
-
-
-def find_export(run: RunFolder, name: str | None) -> Path:
-    """The named export of a run, or its first. Raises SystemExit saying what is there."""
-    exports = sorted(path.parent.name for path in run.exports_dir.glob("*/config.json"))
-    if not exports:
-        raise SystemExit(f"{run.path} has no export yet: let `python -m drift_accel.train ... --output_dir {run.path}` finish")
-    if name is not None and name not in exports:
-        raise SystemExit(f"{run.path} has no export {name!r}: it has {', '.join(exports)}")
-    return run.export_dir(name or exports[0])
 
 
 def evaluate(images: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
@@ -123,7 +116,7 @@ def print_table(results: dict[str, float | int]) -> None:
 
 
 def save_training_curve(metrics: list[dict], path: Path) -> None:
-    """Draw drift_sqnorm over steps, one line a temperature: it falls, while the loss is flat by construction."""
+    """Draw drift_sqnorm over steps, one line a temperature: the loss itself is flat by construction."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     tags = sorted({tag for record in metrics for tag in record if tag.startswith(CURVES) and "/" not in tag})

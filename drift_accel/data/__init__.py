@@ -1,6 +1,23 @@
 """Real samples: where they come from and which of them a step uses."""
 
-from drift_accel.data.labelled_images import LabelledImages
-from drift_accel.data.sources import DataConfig, make_sampler, open_source
+from importlib import import_module
 
-__all__ = ["DataConfig", "LabelledImages", "make_sampler", "open_source"]
+# name -> module; loaded on first access, because the archive tools need none of them.
+_EXPORTS = {
+    "DataConfig": "drift_accel.data.sources",
+    "LabelledImages": "drift_accel.data.labelled_images",
+    "make_sampler": "drift_accel.data.sources",
+    "open_source": "drift_accel.data.sources",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -162,6 +162,10 @@ class SampleQueue:
 
 
 def _choose(members: np.ndarray, count: int, seed: int, stream: str, step: int, slot: int) -> np.ndarray:
-    """`count` of `members` without repeats where there are enough."""
+    """`count` of `members` without repeats where there are enough.
+
+    A ring that spans the end of a pass can hold a row twice; it counts once.
+    """
+    members = np.unique(members)
     chosen = random_stream(seed, stream, step, int(slot)).choice(len(members), count, replace=len(members) < count)
     return members[chosen]

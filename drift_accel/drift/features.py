@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H x W map, T locations (row-major), S features of a location. Source: arXiv 2602.04770, A.5.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class FeatureConfig:
     def __post_init__(self):
         if self.maps is not None and not self.maps:
             raise ValueError("features.maps is empty: name at least one map, or null for the encoder's default")
+        for name in ("maps", "statistics", "windows"):
+            values = getattr(self, name) or ()
+            if len(set(values)) != len(values):
+                raise ValueError(f"features.{name} is {values}: list each value once")
         unknown = [name for name in self.statistics if name not in STATISTICS]
         if unknown:
             raise ValueError(f"features.statistics holds {unknown}: choose of {', '.join(STATISTICS)}")
@@ -54,12 +59,20 @@ def multi_scale_features(encoder, images: Tensor, config: FeatureConfig | None =
     if config.norm_x:
         grid = encoder.encoder_input(images) if hasattr(encoder, "encoder_input") else images
         keys["norm_x"] = channel_norm(grid)
-    maps = encoder.feature_maps(images)
-    for name in encoder.default_features if config.maps is None else config.maps:
+    wanted = encoder.default_features if config.maps is None else config.maps
+    maps = _extract_maps(encoder, images, wanted)
+    for name in wanted:
         if name not in maps:
             raise ValueError(f"features.maps names {name!r}, which the encoder does not have: it has {', '.join(maps)}")
         keys.update(map_features(name, maps[name], config))
     return keys
+
+
+def _extract_maps(encoder, images: Tensor, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    """The encoder's maps; one that takes `names` keeps no others in memory."""
+    if "names" not in inspect.signature(encoder.feature_maps).parameters:
+        return encoder.feature_maps(images)
+    return encoder.feature_maps(images, names=wanted)
 
 
 def map_features(name: str, feature_map: Tensor, config: FeatureConfig) -> dict[str, Tensor]:

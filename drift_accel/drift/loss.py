@@ -17,8 +17,8 @@ class DriftLoss:
     """The drift of one feature key.
 
     loss [B]: one value a problem, differentiable with respect to the generated features only. scale (): s.
-    drift_sqnorm {temperature: ()}: n_tau, the quantity that falls during training (the loss is normalised by it and stays
-    nearly constant). diagnostics {name: {temperature: ()}} or None, over this process's problems.
+    drift_sqnorm {temperature: ()}: n_tau, from which progress is read: how far the samples are still asked to move (the loss
+    is normalised by it and stays nearly constant). diagnostics {name: {temperature: ()}} or None, over this process's problems.
     """
 
     loss: Tensor

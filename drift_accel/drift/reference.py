@@ -27,7 +27,7 @@ SMALLEST_SQUARED_DISTANCE = 1e-8
 
 def distances_and_sums(problems: DriftProblems) -> tuple[Tensor, DistanceSums]:
     """Stage 1: d [B,G,M] and its weighted sums (steps 1 and 2)."""
-    with _exact_products():
+    with _exact_products(problems.generated.device.type):
         y, w = _centred_targets(problems), _target_weights(problems)  # [B,M,S], [B,M]
         x = y[:, : problems.num_generated]  # [B,G,S]
         y_sq = y.square().sum(-1)  # [B,M]
@@ -46,7 +46,7 @@ def distances_and_sums(problems: DriftProblems) -> tuple[Tensor, DistanceSums]:
 def field_norm_sums(problems: DriftProblems, d: Tensor, scale: DriftStatistics, config: DriftConfig) -> NormSums:
     """Stage 2: sum of V_tau^2 over problems, rows and features for each temperature (step 6)."""
     squared = {}
-    with _exact_products():
+    with _exact_products(problems.generated.device.type):
         y, w = _scaled_targets(problems, scale), _target_weights(problems)
         for temperature in config.temperatures:
             coupling = couple(problems, d, w, scale, config, temperature)
@@ -65,7 +65,7 @@ def loss_and_gradient(
     numbers = {name: {} for name in DIAGNOSTICS} if diagnostics else None
     separate_losses = 0
     summed = None  # sum over tau of c / norm, [B,G,M]
-    with _exact_products():
+    with _exact_products(problems.generated.device.type):
         y, w = _scaled_targets(problems, statistics), _target_weights(problems)
         for temperature in config.temperatures:
             coupling = couple(problems, d, w, statistics, config, temperature, floor_pairs=diagnostics)
@@ -109,14 +109,14 @@ def _target_weights(problems: DriftProblems) -> Tensor:
 
 
 @contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
+def _exact_products(device_type: str) -> Iterator[None]:
     """No autocast and no TF32: rounding a product before the subtraction in |x|^2 + |y|^2 - 2 x.y destroys small distances."""
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     saved = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with torch.autocast(device_type, enabled=False):
             yield
     finally:
         for switch, precision in zip(switches, saved, strict=True):

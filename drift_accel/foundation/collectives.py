@@ -6,10 +6,13 @@ torch.distributed is initialised. The group of all processes is `world_group()`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+Result = TypeVar("Result")
 
 
 def world_group() -> distributed.ProcessGroup | None:
@@ -88,3 +91,36 @@ def require_agreement(value: str, name: str, group: distributed.ProcessGroup | N
             f"the processes do not have the same {name}: process 0 has {values[0]!r}, {', '.join(different)}; "
             "start all of them with the same command, files and package version"
         )
+
+
+def run_on_main(work: Callable[[], Result], group: distributed.ProcessGroup | None) -> Result:
+    """Call `work` on process 0 of `group` alone and give its result, which must pickle, to all.
+
+    Every process of the group must call this. Where `work` raises, process 0 raises that error and the others a RuntimeError
+    with its text, instead of waiting for a process that is gone.
+    """
+    if world_size(group) == 1:
+        return work()
+    outcome: list = [None, None]  # result, text of the error
+    failure = None
+    if process_index(group) == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            failure = error
+            outcome[1] = f"{type(error).__name__}: {error}"
+    distributed.broadcast_object_list(outcome, group=group, group_src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise RuntimeError(f"process 0 stopped with {outcome[1]}")
+    return outcome[0]
+
+
+def gather_text(text: str, group: distributed.ProcessGroup | None) -> list[str]:
+    """The `text` of every process of `group`, by process index. Every process of the group must call this."""
+    if world_size(group) == 1:
+        return [text]
+    texts: list[str] = [""] * world_size(group)
+    distributed.all_gather_object(texts, text, group=group)
+    return texts

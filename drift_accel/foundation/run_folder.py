@@ -101,6 +101,18 @@ class RunFolder:
         """The folder of an export. Raises ValueError for a name that is no plain file name."""
         return self.exports_dir / _file_name(name)
 
+    def find_export(self, name: str | None = None) -> Path:
+        """The folder of an existing export, by default the first by name.
+
+        Raises FileNotFoundError for a run without exports, ValueError naming those there are for another name.
+        """
+        exports = sorted(path.parent.name for path in self.exports_dir.glob("*/config.json"))
+        if not exports:
+            raise FileNotFoundError(f"{self.path} has no export yet: give the --output_dir of a run that has finished")
+        if name is not None and name not in exports:
+            raise ValueError(f"{self.path} has no export {name!r}: it has {', '.join(exports)}")
+        return self.export_dir(name or exports[0])
+
     def evaluation_path(self, name: str) -> Path:
         """The file of a result, given its name without suffix. Raises ValueError for a name that is no plain one."""
         return self.evaluation_dir / f"{_file_name(name)}.json"

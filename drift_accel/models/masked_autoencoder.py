@@ -131,6 +131,11 @@ class MaskedAutoencoder(ModelMixin, ConfigMixin):
         return "pixel" if self.input_patch_size > 1 or self.in_channels == 3 else "latent"
 
     @property
+    def map_names(self) -> tuple[str, ...]:
+        """Names of all maps that `feature_maps` has, in its order."""
+        return self.encoder.map_names
+
+    @property
     def default_features(self) -> tuple[str, ...]:
         """Names of the maps that the release uses: conv1, layer1 .. layer4 and every second block's output."""
         block_names = [f"layer{s}_blk{k}" for s, count in enumerate(self.config.blocks, start=1) for k in range(2, count + 1, 2)]

@@ -11,6 +11,7 @@ _EXPORTS = {
     "generate": "drift_accel.sampling.sampler",
     "sample_noise": "drift_accel.sampling.draws",
     "sample_styles": "drift_accel.sampling.draws",
+    "save_grid": "drift_accel.sampling.grid",
     "save_class_grid": "drift_accel.sampling.grid",
 }
 

@@ -71,7 +71,11 @@ def save_class_grid(
 
     Arguments and ValueErrors as there. Raises OSError when the file cannot be written.
     """
-    grid = class_grid_array(images, labels, class_names=class_names, columns=columns, scale=scale)
+    save_grid(class_grid_array(images, labels, class_names=class_names, columns=columns, scale=scale), path)
+
+
+def save_grid(grid: np.ndarray, path: str | os.PathLike) -> None:
+    """Write a picture uint8 [height, width, 3] as a PNG; the file appears whole or not at all. Raises OSError."""
     png = io.BytesIO()
     Image.fromarray(grid).save(png, format="PNG", optimize=True)
     atomic_write_bytes(path, png.getvalue())

@@ -22,6 +22,11 @@ class AverageConfig:
             raise ValueError(f"ema.decays is {self.decays}: each must lie in [0, 1)")
 
 
+def average_name(decay: float) -> str:
+    """The name of one average in files and folders: ema_0.999."""
+    return f"ema_{decay:.12g}"
+
+
 class WeightAverages:
     """Averages e <- decay * e + (1 - decay) * weight of a model's parameters, matched by name, in the parameters' own type."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.foundation.storage import atomic_write_json, require_free_space
-from drift_accel.training.averages import WeightAverages
+from drift_accel.training.averages import WeightAverages, average_name
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -56,7 +56,7 @@ def save_checkpoint(
     Raises OSError naming the space that is wanted where the disk is full; earlier checkpoints stay as they are.
     """
     tensors = {MODEL_FILE: model.state_dict(), OPTIMIZER_FILE: optimizer_tensors(model, optimizer)}
-    tensors.update({average_file(decay): average for decay, average in averages.averages.items()})
+    tensors.update({f"{average_name(decay)}.safetensors": average for decay, average in averages.averages.items()})
     if data_state:
         tensors[DATA_FILE] = data_state
     wanted = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
@@ -85,13 +85,8 @@ def load_checkpoint(
         raise ValueError(f"checkpoint {folder} does not fit the configured model: {error}") from error
     load_optimizer_tensors(model, optimizer, load_file(folder / OPTIMIZER_FILE))
     for decay in averages.averages:
-        averages.load(decay, load_file(folder / average_file(decay)))
+        averages.load(decay, load_file(folder / f"{average_name(decay)}.safetensors"))
     return load_file(folder / DATA_FILE) if (folder / DATA_FILE).exists() else {}
-
-
-def average_file(decay: float) -> str:
-    """File name of one average inside a checkpoint."""
-    return f"ema_{decay:.12g}.safetensors"
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from drift_accel.data.queue import SampleQueue
-from drift_accel.data.samplers import LABEL_ORDERS, DirectSampler, draw_flips, draw_labels
+from drift_accel.data.samplers import LABEL_ORDERS, DirectSampler, draw_labels
+from drift_accel.data.sources import read_images
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig, draw_guidance
 from drift_accel.foundation.random_streams import integer_draws, normal_draws, uniform_draws
 from drift_accel.training.step import DriftBatch, drift_step
@@ -89,7 +90,7 @@ class GeneratorTask:
         styles = integer_draws(
             self.seed, "styles", step, slots, (counts.generated, config.num_style_tokens), config.style_codebook_size
         )
-        return DriftBatch(
+        batch = DriftBatch(
             labels=torch.from_numpy(labels),
             guidance_scale=torch.from_numpy(guidance),
             positives=self._read("positives", step, positives),
@@ -98,11 +99,11 @@ class GeneratorTask:
             style_indices=torch.from_numpy(styles).flatten(0, 1),
             guidance_weighs=not self.guidance.conditioning_only,
         )
+        return batch.pinned() if self.device.type == "cuda" else batch
 
-    def _read(self, stream: str, step: int, rows: np.ndarray) -> Tensor:
-        """Images [slots, count, C, H, W] of the drawn rows, mirrored at random where the run asks for it."""
-        flipped = draw_flips(self.seed, stream, step, self.slots, rows.shape[1]) if self.flip else None
-        return torch.from_numpy(self.source.rows(rows, flipped))
+    def _read(self, name: str, step: int, rows: np.ndarray) -> Tensor:
+        """Images [slots, count, C, H, W] of the drawn rows."""
+        return torch.from_numpy(read_images(self.source, rows, self.seed, name, step, self.slots, self.flip))
 
     def transfer(self, batch: DriftBatch) -> DriftBatch:
         """The batch on the run's device in the type of its weights."""

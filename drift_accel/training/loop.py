@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from drift_accel.foundation.collectives import world_group
+from drift_accel.foundation.collectives import gather_text, require_agreement, run_on_main, world_group
 from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.run_folder import RunFolder
+from drift_accel.foundation.storage import COMPLETE_NAME, sha256_file
 from drift_accel.training.averages import WeightAverages
 from drift_accel.training.checkpoint import load_checkpoint, save_checkpoint
 from drift_accel.training.configuration import TrainingConfig
-from drift_accel.training.optimizer import learning_rate, make_optimizer, update_weights
+from drift_accel.training.optimizer import inner_optimizer, learning_rate, make_optimizer, update_weights
 from drift_accel.training.prefetch import Prefetch
 from drift_accel.training.telemetry import Telemetry, read_metrics
 
@@ -83,26 +84,49 @@ class NonFiniteError(RuntimeError):
 class FiniteGate:
     """Reads the non-finite flag of a step while the next one is already under way, so that the device never waits."""
 
-    def __init__(self):
-        self._pending: tuple[int, Tensor, dict[str, Tensor]] | None = None
+    def __init__(self, group=None):
+        self._group = group
+        self._pending: tuple[int, _HostFlag, dict[str, Tensor]] | None = None
 
     def watch(self, step: int, flag: Tensor, metrics: dict[str, Tensor]) -> None:
         """Check the step before this one, and keep this one's flag for later."""
+        host_flag = _HostFlag(flag)
         self.check()
-        self._pending = (step, flag, metrics)
+        self._pending = (step, host_flag, metrics)
 
     def check(self) -> None:
-        """Raise NonFiniteError on every process where the watched step was not finite, naming what was not."""
+        """Raise NonFiniteError on every process where the watched step was not finite, naming what was not, and where."""
         if self._pending is None:
             return
         step, flag, metrics = self._pending
         self._pending = None
-        if flag.item():
-            names = [tag for tag, value in metrics.items() if not torch.isfinite(value)]
-            raise NonFiniteError(
-                f"step {step}: not finite: {', '.join(names[:8]) or 'the gradient'}{' ...' if len(names) > 8 else ''}. "
-                "The weights are untouched and the last checkpoint is good. Lower optimizer.lr, or look at the data of that step"
-            )
+        if not flag.is_set():
+            return
+        names = [tag for tag, value in metrics.items() if not torch.isfinite(value)]
+        # The flag is the same on all processes, so all of them come here.
+        by_process = gather_text(", ".join(names[:8]) + (" ..." if len(names) > 8 else ""), self._group)
+        where = by_process if len(by_process) == 1 else [f"process {i}: {text}" for i, text in enumerate(by_process) if text]
+        raise NonFiniteError(
+            f"step {step}: not finite: {'; '.join(where) or 'the gradient'}. The weights are untouched and the last checkpoint "
+            "is good. Lower optimizer.lr, or look at the data of that step"
+        )
+
+
+class _HostFlag:
+    """A flag () on its way to the host: reading it waits for the step that made it and for nothing enqueued later."""
+
+    def __init__(self, flag: Tensor):
+        self._value, self._copied = flag, None
+        if flag.is_cuda:
+            self._value = torch.empty((), dtype=flag.dtype, pin_memory=True)
+            self._value.copy_(flag, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def is_set(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._value.item())
 
 
 def start_state(task: TrainingTask, config: TrainingConfig, accelerator: Accelerator) -> TrainingState:
@@ -114,11 +138,17 @@ def start_state(task: TrainingTask, config: TrainingConfig, accelerator: Acceler
 
 
 def resume(state: TrainingState, run: RunFolder, log: Callable[[str], None]) -> None:
-    """Go to the newest complete checkpoint of the run, if there is one; damaged ones are named and skipped."""
-    found = run.latest_complete_checkpoint(on_damaged=log)
+    """Go to the newest complete checkpoint of the run, if there is one; damaged ones are named and skipped.
+
+    The main process chooses it. Raises ValueError on every process where one of them does not see the same files.
+    """
+    found = run_on_main(lambda: run.latest_complete_checkpoint(on_damaged=log), state.group)
     if found is None:
         return
     state.step, folder = found
+    mark = folder / COMPLETE_NAME
+    seen = sha256_file(mark) if mark.exists() else "missing"
+    require_agreement(seen, f"checkpoint {folder} (is the folder shared by all machines?)", state.group)
     state.data_state = load_checkpoint(folder, state.task.model, inner_optimizer(state.optimizer), state.averages)
     state.task.load_data_state(state.data_state)
     log(f"resuming from {folder} after {state.step} steps")
@@ -129,12 +159,10 @@ def train(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: H
 
     Raises NonFiniteError on every process when a loss or gradient is not finite.
     """
-    if state.step > config.steps:
-        raise ValueError(f"the run has {state.step} steps already but steps is {config.steps}: raise it, or use another folder")
     is_main = state.accelerator.is_main_process
     telemetry = Telemetry(run, state.step, enabled=is_main)
     prefetch = Prefetch(lambda step: (state.task.draw(step), state.task.data_state()), state.step, config.steps)
-    gate = FiniteGate()
+    gate = FiniteGate(state.group)
     try:
         with Progress(config.steps, initial=state.step, description=run.path.name, enabled=is_main) as progress:
             if state.step == config.steps:
@@ -147,7 +175,7 @@ def train(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: H
                 shown = {}
                 if due.log:
                     record = log_step(state, metrics, telemetry, prefetch)
-                    shown = {name: record[name] for name in PROGRESS_METRICS if name in record}
+                    shown = progress_values(record)
                     if is_main:
                         hooks.on_log(state.step, record)
                 if due.sample or due.checkpoint:
@@ -169,7 +197,11 @@ def log_step(state: TrainingState, metrics: dict[str, Tensor], telemetry: Teleme
     return telemetry.record(state.step, values, state.task.num_samples, prefetch.read_waited())
 
 
-PROGRESS_METRICS = ("loss", "drift_sqnorm_0.2", "reconstruction", "accuracy")  # what the progress line shows
+def progress_values(record: dict[str, float]) -> dict[str, float]:
+    """What the progress line shows of a record: the loss, and drift_sqnorm at the largest temperature."""
+    norms = [name for name in record if name.startswith("drift_sqnorm_") and "/" not in name]
+    largest = sorted(norms, key=lambda name: float(name.removeprefix("drift_sqnorm_")))[-1:]
+    return {name: record[name] for name in ("loss", *largest, "reconstruction", "accuracy") if name in record}
 
 
 def train_step(state: TrainingState, config: TrainingConfig, batch, *, diagnostics: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -190,8 +222,8 @@ def train_step(state: TrainingState, config: TrainingConfig, batch, *, diagnosti
 
 def write_checkpoint(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: Hooks) -> None:
     """Write a checkpoint on the main process while the others wait, then drop the oldest ones."""
-    if state.accelerator.is_main_process:
-        record = {"num_processes": state.accelerator.num_processes, "torch": torch.__version__}
+
+    def write() -> None:
         folder = save_checkpoint(
             run,
             state.step,
@@ -199,16 +231,12 @@ def write_checkpoint(state: TrainingState, config: TrainingConfig, run: RunFolde
             inner_optimizer(state.optimizer),
             state.averages,
             data_state=state.data_state,
-            record=record,
+            record={"num_processes": state.accelerator.num_processes, "torch": torch.__version__},
         )
         run.prune_checkpoints(config.checkpoint.keep_last)
         hooks.on_checkpoint(state.step, folder)
-    state.accelerator.wait_for_everyone()
 
-
-def inner_optimizer(optimizer) -> torch.optim.Optimizer:
-    """The torch optimiser inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    run_on_main(write, state.group)
 
 
 @dataclass(frozen=True)

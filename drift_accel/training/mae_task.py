@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drift_accel.data.labelled_images import LabelledImages
-from drift_accel.data.samplers import draw_epoch_rows, draw_flips
+from drift_accel.data.samplers import draw_epoch_rows
+from drift_accel.data.sources import Source, read_images
 from drift_accel.foundation.random_streams import uniform_draws
 
 
@@ -57,7 +57,7 @@ class MaeTask:
     def __init__(
         self,
         model: nn.Module,
-        source: LabelledImages,
+        source: Source,
         *,
         batch_size: int,
         mask_ratio: float,
@@ -84,9 +84,9 @@ class MaeTask:
         side = config.input_size // config.input_patch_size // config.mask_patch_size
         uniforms = uniform_draws(self.seed, "mask", step, self.slots.tolist(), (1, side, side))
         mask = self.model.expand_mask(torch.from_numpy((uniforms < self.mask_ratio).astype(np.float32)))
-        flipped = draw_flips(self.seed, "images", step, self.slots, 1)[:, 0] if self.flip else None
-        images = torch.from_numpy(self.source.rows(rows, flipped))
-        return MaeBatch(images, torch.from_numpy(self.source.labels[rows]), mask)
+        images = read_images(self.source, rows[:, None], self.seed, "images", step, self.slots, self.flip)[:, 0]
+        tensors = (torch.from_numpy(images), torch.from_numpy(self.source.labels[rows]), mask)
+        return MaeBatch(*(tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in tensors))
 
     def transfer(self, batch: MaeBatch) -> MaeBatch:
         """The batch on the run's device in the type of its weights."""

@@ -61,6 +61,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
+def inner_optimizer(optimizer) -> torch.optim.Optimizer:
+    """The torch optimiser inside accelerate's wrapper: the one that reads the flag and holds the state."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _embedding_parameters(model: nn.Module) -> set[str]:
     """Names of the weights of nn.Embedding layers and of learned position or token tables (no layer's own `weight`)."""
     names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -84,7 +89,7 @@ def update_weights(
     non_finite = (~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))).float()
     if group is not None:
         torch.distributed.all_reduce(non_finite, op=torch.distributed.ReduceOp.MAX, group=group)
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the one that reads the flag
+    inner = inner_optimizer(optimizer)
     for settings in inner.param_groups:
         settings["lr"] = learning_rate(config, step)
     inner.grad_scale, inner.found_inf = None, non_finite

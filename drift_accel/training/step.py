@@ -70,6 +70,11 @@ class DriftBatch:
         w = negative_weight(self.guidance_scale, self.num_generated, self.num_negatives)
         return w if self.guidance_weighs else torch.zeros_like(w)
 
+    def pinned(self) -> "DriftBatch":
+        """The batch in page-locked memory, from which `to` copies to a GPU while the host goes on."""
+        members = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return DriftBatch(**members, guidance_weighs=self.guidance_weighs)
+
     def to(self, device, dtype: torch.dtype) -> "DriftBatch":
         """The batch on `device`, its real-valued members as `dtype`."""
 
