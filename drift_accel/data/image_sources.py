@@ -43,6 +43,22 @@ class ImageSource:
             raise OSError(f"{self.name(index)}: {error or type(error).__name__}") from error
         return image
 
+    def use_classes(self, ids: Sequence[str], names: Sequence[str]) -> None:
+        """Take the labels from a list of classes: a picture's label becomes the place of its class in `ids`.
+
+        Classes of the list without pictures stay empty, so that two folders of one data set agree on what a label is.
+        Raises ValueError for a class that is not in the list.
+        """
+        places = {key: place for place, key in enumerate(ids)}
+        unknown = [key for key in self.class_ids if key not in places]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(self.class_ids)} classes are not in the class table ({', '.join(unknown[:3])}, ...): give "
+                "the table of this data set, or none"
+            )
+        self.labels = np.array([places[key] for key in self.class_ids], dtype=np.int64)[self.labels]
+        self.class_ids, self.class_names = tuple(ids), tuple(names)
+
     def fingerprint(self) -> str:
         """The SHA-256 over all classes, names and labels; contents of the pictures are not read."""
         digest = hashlib.sha256()
