@@ -65,10 +65,12 @@ def test_damage_is_named_and_a_cut_file_is_made_again(tmp_path):
 
 
 def test_the_lock_is_exclusive(tmp_path):
-    with exclusive_lock(tmp_path / "lock", "the export"):
-        with pytest.raises(ValueError, match="the export is already running"), exclusive_lock(tmp_path / "lock", "the export"):
-            pass
-    with exclusive_lock(tmp_path / "lock", "the export"):
+    def hold():
+        return exclusive_lock(tmp_path / "lock", "the export")
+
+    with hold(), pytest.raises(ValueError, match="the export is already running"), hold():
+        pass
+    with hold():
         pass
 
 

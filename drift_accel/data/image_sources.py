@@ -53,8 +53,8 @@ class ImageSource:
         unknown = [key for key in self.class_ids if key not in places]
         if unknown:
             raise ValueError(
-                f"{len(unknown)} of {len(self.class_ids)} classes are not in the class table ({', '.join(unknown[:3])}, ...): give "
-                "the table of this data set, or none"
+                f"{len(unknown)} of {len(self.class_ids)} classes are not in the class table ({', '.join(unknown[:3])}, ...): "
+                "give the table of this data set, or none"
             )
         self.labels = np.array([places[key] for key in self.class_ids], dtype=np.int64)[self.labels]
         self.class_ids, self.class_names = tuple(ids), tuple(names)
