@@ -264,6 +264,8 @@ ON_THE_COMMAND_LINE = [
     ("train", "--features.windows [2,2]", ["features.windows is (2, 2)", "list each value once"]),
     ("train", "--features.maps [conv1,conv1]", ["features.maps is", "list each value once"]),
     ("train", "--data.queue.push 0", ["queue.push is 0"]),
+    ("train", "--data.source cache", ["data.path is missing"]),
+    ("train", "--data.path somewhere", ["data.path is 'somewhere'", "set data.source to 'cache'"]),
     ("train", "--data.queue.per_class 0", ["queue.per_class is 0"]),
     ("train", "--data.queue.unconditional -3", ["queue.unconditional is -3"]),
     ("train", "--guidance.no_guidance_fraction 1.5", ["guidance.no_guidance_fraction is 1.5"]),

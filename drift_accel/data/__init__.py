@@ -2,10 +2,11 @@
 
 from importlib import import_module
 
-# name -> module; loaded on first access, because the archive tools need none of them.
+# name -> module; loaded on first access, because the caches bring torch with them and the archive tools need neither.
 _EXPORTS = {
     "DataConfig": "drift_accel.data.sources",
     "LabelledImages": "drift_accel.data.labelled_images",
+    "LatentCache": "drift_accel.data.latent_cache",
     "make_sampler": "drift_accel.data.sources",
     "open_source": "drift_accel.data.sources",
 }

@@ -34,6 +34,8 @@ class LabelledImages:
         self._order = np.argsort(labels, kind="stable")
         self._starts = np.searchsorted(labels[self._order], np.arange(self.num_classes + 1))
 
+    is_sampled_at_read = False  # a cache of posterior moments is
+
     def __len__(self) -> int:
         return len(self.labels)
 

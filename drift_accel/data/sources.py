@@ -7,23 +7,29 @@ import numpy as np
 
 from drift_accel.data.digits import SPLITS, load_digits
 from drift_accel.data.labelled_images import LabelledImages
+from drift_accel.data.latent_cache import LatentCache
 from drift_accel.data.queue import QueueConfig, SampleQueue
 from drift_accel.data.samplers import DirectSampler, draw_flips
+from drift_accel.foundation.random_streams import random_stream
 
-SOURCES = ("digits",)
-Source = LabelledImages
+SOURCES = ("digits", "cache")
+Source = LabelledImages | LatentCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The source of real samples. Raises ValueError for an unknown source or split."""
+    """The source of real samples. Raises ValueError for an unknown source or split, or a cache without a path."""
 
     source: str = "digits"
-    """"digits": scikit-learn's handwritten digits, in memory."""
+    """"digits": scikit-learn's handwritten digits, in memory; "cache": latents or pixels written by tools/export_latents.py."""
+    path: str | None = None
+    """Folder of the cache; null for the digits."""
+    in_memory: bool = False
+    """Read the whole cache at the start instead of mapping it."""
     split: str = "train"
-    """Part of the source to train on: "train" or "test"."""
+    """Part of the digits to train on: "train" or "test"."""
     flip: bool = False
-    """Mirror each drawn image left to right with probability one half."""
+    """Mirror each drawn image left to right with probability one half; of latents the stored mirrored ones are read."""
     queue: QueueConfig | None = None
     """null: positives and negatives from the whole source; else the paper's queue of recent samples."""
 
@@ -32,11 +38,20 @@ class DataConfig:
             raise ValueError(f"data.source is {self.source!r}: choose one of {', '.join(SOURCES)}")
         if self.split not in SPLITS:
             raise ValueError(f"data.split is {self.split!r}: choose one of {', '.join(SPLITS)}")
+        if self.source == "cache" and not self.path:
+            raise ValueError("data.path is missing: give the folder that tools/export_latents.py wrote")
+        if self.source == "digits" and self.path is not None:
+            raise ValueError(f"data.path is {self.path!r} but data.source is 'digits': set data.source to 'cache'")
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open the configured source."""
-    return load_digits(config.split)
+    """Open the configured source. Raises FileNotFoundError or ValueError for a folder that is no complete cache."""
+    if config.source == "digits":
+        return load_digits(config.split)
+    cache = LatentCache(config.path, in_memory=config.in_memory)
+    if config.flip and not cache.has_flipped:
+        raise ValueError(f"data.flip is true but {config.path} holds no mirrored latents: export it without --no_flip")
+    return cache
 
 
 def make_sampler(config: DataConfig, source: Source, seed: int, *, positives: int, negatives: int) -> DirectSampler | SampleQueue:
@@ -47,14 +62,22 @@ def make_sampler(config: DataConfig, source: Source, seed: int, *, positives: in
 
 
 def read_images(source: Source, rows: np.ndarray, seed: int, name: str, step: int, slots: np.ndarray, flip: bool) -> np.ndarray:
-    """Images [slots, count, C, H, W] of drawn rows [slots, count]; which of them are mirrored is a function of the slot."""
-    return source.rows(rows, draw_flips(seed, name, step, slots, rows.shape[1]) if flip else None)
+    """Images [slots, count, C, H, W] of drawn rows [slots, count]; mirroring and posterior draws are functions of the slot."""
+    flipped = draw_flips(seed, name, step, slots, rows.shape[1]) if flip else None
+    if not source.is_sampled_at_read:
+        return source.rows(rows, flipped)
+    return source.rows(rows, flipped, [random_stream(seed, f"{name}/posterior", step, int(slot)) for slot in slots])
 
 
 def describe_source(source: Source) -> dict[str, Any]:
     """What an exported model keeps of the data it was trained on: the space of its images and the class table."""
-    classes = [{"index": i, "id": name, "name": name} for i, name in enumerate(source.class_names)]
-    space = {"kind": "pixels", "scale": None, "shift": None, "vae": None}
+    if isinstance(source, LabelledImages):
+        ids = source.class_names
+        space = {"kind": "pixels", "scale": None, "shift": None, "vae": None}
+    else:
+        ids, header = source.class_ids, source.header
+        space = {"kind": header.kind, "scale": header.scale, "shift": header.shift, "vae": header.vae}
+    classes = [{"index": i, "id": key, "name": name} for i, (key, name) in enumerate(zip(ids, source.class_names, strict=True))]
     return {**space, "image_shape": list(source.image_shape), "classes": classes}
 
 
