@@ -1,6 +1,8 @@
 """foundation.collectives: one message for many sums, agreements of all processes, nothing sent by a process alone."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -115,8 +117,11 @@ def process_main(process: int, folder: str) -> None:
     report["failed_on_main"] = refusal(lambda: run_on_main(refuse, group))
     report["texts"] = gather_text(f"text {process}", group)
     Path(folder, f"report_{process}.json").write_text(json.dumps(report))
-    distributed.barrier()
-    distributed.destroy_process_group()
+    # The report is written: what follows only keeps the other process's connections open until it is done too. gloo's threads
+    # can abort while a process that was loaded winds down, so it ends here.
+    with contextlib.suppress(RuntimeError):
+        distributed.barrier()
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
