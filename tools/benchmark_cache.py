@@ -27,7 +27,7 @@ from drift_accel.foundation.provenance import collect_provenance
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import atomic_write_json, require_free_space
 
-TABLE_ROWS = 1024  # rows a table, as an export's chunks have
+TABLE_ROWS = 1024  # rows written or touched together
 BLOCK = 8  # batches between two changes of the reader, short enough that both meet the same load
 OPEN_SHARDS = 79  # of ImageNet's 1,281,167 rows in two orientations, 256 MB each
 
@@ -117,15 +117,13 @@ def write_synthetic(path: Path, rows: np.ndarray | None, num_rows: int, shape: t
     )  # fmt: skip
     labels = random_stream(0, "benchmark/labels", 0).integers(1000, size=num_rows)
     schema = dataset_schema(header)
-    zeros = np.zeros((TABLE_ROWS, *shape), dtype=np.float16)
 
     def batches(start: int, stop: int) -> Iterator[pa.RecordBatch]:
-        for first in range(start, stop, TABLE_ROWS):
-            places = np.arange(first, min(first + TABLE_ROWS, stop))
-            values = zeros[: len(places)] if rows is None else rows[places[0] : places[-1] + 1]
-            names = [f"n00000000/n00000000_{place}.JPEG" for place in places]
-            table = dict.fromkeys(header.columns, values)
-            yield record_batch(schema, table, labels[places], names, places, np.zeros(len(places), dtype=np.int32))
+        places = np.arange(start, stop)
+        values = np.zeros((len(places), *shape), dtype=np.float16) if rows is None else rows[start:stop]
+        names = [f"n00000000/n00000000_{place}.JPEG" for place in places]
+        table = dict.fromkeys(header.columns, values)
+        yield record_batch(schema, table, labels[places], names, places, np.zeros(len(places), dtype=np.int32))
 
     ends = np.linspace(0, num_rows, num_shards + 1).astype(int).tolist()
     write_cache(path, header, (batches(*span) for span in zip(ends[:-1], ends[1:], strict=True)), num_shards)

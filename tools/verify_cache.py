@@ -1,6 +1,6 @@
 """Is a cache whole, and does it fit? python tools/verify_cache.py CACHE [--mode full] [--model EXPORT] [--vae VAE]
 
-quick: sizes, counts, labels, small files' hashes, some rows of every table. full: also the hash of every file and every row.
+quick: sizes, counts, labels, small files' hashes, some rows of every shard. full: also the hash of every file and every row.
 Prints what is wrong, in which file and what to do; ends with status 1 if anything is.
 """
 

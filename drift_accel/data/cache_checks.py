@@ -32,7 +32,8 @@ from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.storage import sha256_file
 
 MODES = ("quick", "full")
-QUICK_ROWS = 16  # of each table (an export's chunk) in quick mode
+TABLE_ROWS = 1024  # looked at together, which bounds the memory
+QUICK_ROWS = 16  # of so many that are looked at in quick mode
 STD_RANGE = (0.8, 1.2)  # of latents in model space: their scale is chosen to make it 1
 COPY_AGAIN = "copy the file again from where the cache was made, or export the cache again"
 EXPORT_AGAIN = "remove the cache and export it again with tools/export_latents.py"
@@ -86,7 +87,7 @@ def verify_cache(
 ) -> CheckReport:
     """Check a cache; a damaged one is reported, not raised.
 
-    "quick" compares sizes, counts, labels and the small files' hashes and looks at a few rows of every table; "full" also
+    "quick" compares sizes, counts, labels and the small files' hashes and looks at some rows of every shard; "full" also
     hashes every shard and looks at every row. `model` has in_channels, input_size and num_classes (as far as given) of a model,
     `vae` has scale, shift and weights_sha256 of the VAE that is to decode. Raises ValueError for another mode.
     """
@@ -190,15 +191,16 @@ def _check_shards(folder: Path, header: CacheHeader, manifest: CacheManifest, re
     readable = True
     with Progress(manifest.rows, description=f"verify {report.mode}", enabled=show) as progress:
         for entry in manifest.shards:
-            batches = []
+            tables: list[pa.RecordBatch] = []
             if _check_file(folder, entry, report.mode == "full", report):
                 try:
-                    batches = open_shard(folder, entry, schema)
+                    for batch in open_shard(folder, entry, schema):
+                        tables += [batch.slice(start, TABLE_ROWS) for start in range(0, batch.num_rows, TABLE_ROWS)]
                 except ValueError as error:
                     report.error(entry.file, str(error), COPY_AGAIN)
-            readable = readable and bool(batches)
+            readable = readable and bool(tables)
             first = 0
-            for batch in batches:
+            for batch in tables:
                 labels.append(_check_labels(batch, entry.file, first, header, report))
                 origins.append(np.stack([np.array(column_values(batch, name)) for name in ("image_index", "view")]))
                 values.check(batch, entry.file, first)
@@ -219,7 +221,7 @@ def _check_labels(batch: pa.RecordBatch, file: str, first: int, header: CacheHea
     if len(outside):
         row = int(outside[0])
         problem = f"row {first + row} has label {labels[row]}, but there are {len(header.classes)} classes, from 0"
-        report.error(file, f"{problem} ({len(outside)} such rows in this table)", EXPORT_AGAIN)
+        report.error(file, f"{problem} ({len(outside)} such rows near it)", EXPORT_AGAIN)
     return labels
 
 
@@ -276,7 +278,7 @@ class _Values:
             if bad.any():
                 row = first + int(rows[int(bad.nonzero()[0])])
                 what = "values that are not finite" if self.header.sampling != "moments" else "values that are no moments"
-                problem = f"row {row}, column {column}: holds {what} ({int(bad.sum())} such rows in this table)"
+                problem = f"row {row}, column {column}: holds {what} ({int(bad.sum())} such rows near it)"
                 self.report.error(file, problem, EXPORT_AGAIN)
             self._add(chosen[~bad])
 

@@ -1,7 +1,7 @@
 """The Arrow files of a cache as memory-mapped rows: nothing is copied and nothing is read before a row is asked for.
 
-A record batch is one segment of rows. Random rows are gathered by joining slices of the mapped bytes, which costs about as
-much as a gather from one np.memmap, however many files there are.
+A record batch is one segment of rows; an export makes one a file. Random rows are gathered by joining slices of the mapped
+bytes, which costs little more than a gather from one np.memmap, however many files there are.
 """
 
 import io
@@ -93,16 +93,21 @@ class RowBytes:
             self._segments = [memoryview(bytes(segment)) for segment in self._segments]
         self._starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64) if counts else np.zeros(1, np.int64)
 
-    def join(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> bytearray:
-        """The bytes of rows [n] of one length, one after the other; `flipped` [n] chooses the second column."""
+    def gather(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> np.ndarray:
+        """The bytes of rows [n], a new array uint8 [n, row bytes]; `flipped` [n] chooses the second column."""
+        size = self._row_bytes
+        if not len(indices):
+            return np.empty((0, size), dtype=np.uint8)
+        if flipped is None and len(self._starts) == 1:
+            return np.asarray(self._segments[0]).reshape(-1, size)[indices]
         segments = np.searchsorted(self._starts, indices, side="right") - 1
-        offsets = (indices - self._starts[segments]) * self._row_bytes
+        offsets = (indices - self._starts[segments]) * size
         if flipped is not None:
             segments = segments + flipped * len(self._starts)
-        views, size = self._segments, self._row_bytes
-        return bytearray().join(
-            [views[segment][offset : offset + size] for segment, offset in zip(segments.tolist(), offsets.tolist(), strict=True)]
-        )
+        views = self._segments
+        places = zip(segments.tolist(), offsets.tolist(), strict=True)
+        joined = bytearray().join([views[segment][offset : offset + size] for segment, offset in places])
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, size)
 
     def pictures(self, indices: np.ndarray) -> list[memoryview]:
         """The compressed pictures of rows [n]."""
@@ -134,8 +139,9 @@ def _picture_segments(batches: Sequence[pa.RecordBatch], column: str) -> tuple[l
     """Bytes of each batch's pictures and the ends of its pictures in them."""
     segments, ends = [], []
     for batch in batches:
-        _, offsets, data = batch.column(column).field("bytes").buffers()
-        offsets = np.frombuffer(offsets, dtype=np.int32, count=batch.num_rows + 1)
+        contents = batch.column(column).flatten()[0]
+        _, offsets, data = contents.buffers()
+        offsets = np.frombuffer(offsets, dtype=np.int32, count=batch.num_rows + 1, offset=4 * contents.offset)
         segments.append(memoryview(data)[offsets[0] : offsets[-1]] if data is not None else memoryview(b""))
         ends.append((offsets[1:] - offsets[0]).astype(np.int64))
     return segments, ends

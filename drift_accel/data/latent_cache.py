@@ -166,8 +166,8 @@ class LatentCache:
             array = self._decode(flat)
         else:
             # Pixels have one column and are flipped below.
-            joined = self._bytes.join(flat, mask if self._header.flip_stored else None)
-            array = np.frombuffer(joined, dtype=self._header.dtype).reshape(len(flat), *self._header.row_shape)
+            stored = self._bytes.gather(flat, mask if self._header.flip_stored else None)
+            array = stored.view(self._header.dtype).reshape(len(flat), *self._header.row_shape)
         if mask is not None and self._header.kind == PIXELS:
             array[mask] = array[mask][..., ::-1]
         return array.reshape(*indices.shape, *self._header.row_shape)
