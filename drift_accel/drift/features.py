@@ -28,8 +28,9 @@ class FeatureConfig:
     """Pooled statistics, of "mean" and "std": keys `name_mean` over the whole map, `name_mean_2` over windows."""
     windows: tuple[int, ...] = (2, 4)
     """Side of the non-overlapping square windows; one is left out where it does not divide the map's size."""
-    norm_x: bool = True
-    """The key `norm_x`: root mean square over space of each input channel of the encoder."""
+    norm_x: bool | None = None
+    """The key `norm_x`: root mean square over space of each input channel of the encoder; None asks the encoder, whose
+    `has_norm_x` is taken as true where it has none (the release uses the key with its masked autoencoder alone)."""
 
     def __post_init__(self):
         if self.maps is not None and not self.maps:
@@ -43,7 +44,7 @@ class FeatureConfig:
             raise ValueError(f"features.statistics holds {unknown}: choose of {', '.join(STATISTICS)}")
         if any(window < 2 for window in self.windows):
             raise ValueError(f"features.windows is {self.windows}: a window needs a side of at least 2 locations")
-        if not (self.vectors or self.statistics or self.norm_x):
+        if not (self.vectors or self.statistics) and self.norm_x is False:
             raise ValueError("features: vectors, statistics and norm_x are all off: nothing would be compared")
 
 
@@ -51,12 +52,14 @@ def multi_scale_features(encoder, images: Tensor, config: FeatureConfig | None =
     """Extract every feature key of `images` [B,C,H,W]: a dict of [B,T,S] in the release's key names, without `global`.
 
     The encoder offers `feature_maps(images) -> {name: [B,C,H,W] or [B,T,S]}` and `default_features`; where its own input
-    differs from the images (patchified pixels), also `encoder_input(images)`. Location vectors keep the map's type, pooled
-    statistics are float32 (float64 for float64 maps). Raises ValueError for a map that the encoder does not have.
+    differs from the images (patchified pixels), also `encoder_input(images)`. Maps that it names in `final_maps` are keys as
+    they are: nothing is pooled from them. Location vectors keep the map's type, pooled statistics are float32 (float64 for
+    float64 maps). Raises ValueError for a map that the encoder does not have, for two keys of one name and where none is left.
     """
     config = FeatureConfig() if config is None else config
+    final = getattr(encoder, "final_maps", ())
     keys: dict[str, Tensor] = {}
-    if config.norm_x:
+    if getattr(encoder, "has_norm_x", True) if config.norm_x is None else config.norm_x:
         grid = encoder.encoder_input(images) if hasattr(encoder, "encoder_input") else images
         keys["norm_x"] = channel_norm(grid)
     wanted = encoder.default_features if config.maps is None else config.maps
@@ -64,7 +67,13 @@ def multi_scale_features(encoder, images: Tensor, config: FeatureConfig | None =
     for name in wanted:
         if name not in maps:
             raise ValueError(f"features.maps names {name!r}, which the encoder does not have: it has {', '.join(maps)}")
-        keys.update(map_features(name, maps[name], config))
+        made = {name: map_locations(maps[name])} if name in final else map_features(name, maps[name], config)
+        twice = sorted(set(made) & set(keys))
+        if twice:
+            raise ValueError(f"two of the encoder's maps make the key {', '.join(twice)}: leave one out with features.maps")
+        keys.update(made)
+    if not keys:
+        raise ValueError("features: vectors and statistics are off and the encoder has no norm_x: nothing would be compared")
     return keys
 
 
@@ -75,11 +84,16 @@ def _extract_maps(encoder, images: Tensor, wanted: tuple[str, ...]) -> dict[str,
     return encoder.feature_maps(images, names=wanted)
 
 
+def map_locations(feature_map: Tensor) -> Tensor:
+    """A map [B,C,H,W] as one vector a location, row-major: [B,T,S]; [B,T,S] as it is."""
+    return feature_map.flatten(2).transpose(1, 2) if feature_map.ndim == 4 else feature_map
+
+
 def map_features(name: str, feature_map: Tensor, config: FeatureConfig) -> dict[str, Tensor]:
     """All keys of one map [B,C,H,W] or [B,T,S]; windows need the two axes of an image."""
     keys: dict[str, Tensor] = {}
     is_image = feature_map.ndim == 4
-    vectors = feature_map.flatten(2).transpose(1, 2) if is_image else feature_map  # [B,T,S]
+    vectors = map_locations(feature_map)  # [B,T,S]
     if config.vectors:
         keys[name] = vectors
     if not config.statistics:

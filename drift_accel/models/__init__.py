@@ -4,11 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .convnext import ConvNextV2Encoder, load_convnext
+    from .dinov2 import Dinov2Encoder, load_dinov2
     from .generator import GENERATOR_PRESETS, Generator, check_generator_config
     from .masked_autoencoder import MAE_PRESETS, MaeLoss, MaskedAutoencoder, check_mae_config, expand_mask
     from .official import load_official
+    from .pretrained_resnet import PretrainedResNet, load_resnet
+    from .vae_decoder import VaeDecoder
 
 _HOMES = {
+    "ConvNextV2Encoder": "convnext",
+    "load_convnext": "convnext",
+    "Dinov2Encoder": "dinov2",
+    "load_dinov2": "dinov2",
     "GENERATOR_PRESETS": "generator",
     "Generator": "generator",
     "check_generator_config": "generator",
@@ -18,18 +26,28 @@ _HOMES = {
     "check_mae_config": "masked_autoencoder",
     "expand_mask": "masked_autoencoder",
     "load_official": "official",
+    "PretrainedResNet": "pretrained_resnet",
+    "load_resnet": "pretrained_resnet",
+    "VaeDecoder": "vae_decoder",
 }
 
 __all__ = [
     "GENERATOR_PRESETS",
     "MAE_PRESETS",
+    "ConvNextV2Encoder",
+    "Dinov2Encoder",
     "Generator",
     "MaeLoss",
     "MaskedAutoencoder",
+    "PretrainedResNet",
+    "VaeDecoder",
     "check_generator_config",
     "check_mae_config",
     "expand_mask",
+    "load_convnext",
+    "load_dinov2",
     "load_official",
+    "load_resnet",
 ]
 
 

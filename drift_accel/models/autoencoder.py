@@ -1,11 +1,15 @@
 """The VAE between images and the generator's latents: bundled, a local folder, or a hub id."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from drift_accel.models.bundled import BUNDLED_VAES, bundled_vae_path
+
+Scale = float | Sequence[float]
 
 
 def vae_location(name: str) -> str:
@@ -26,3 +30,12 @@ def load_vae(name: str, *, revision: str | None = None, dtype: torch.dtype = tor
         raise FileNotFoundError(f"VAE {location} is no folder: give a folder with config.json, a hub id, or {BUNDLED_VAES[0]!r}")
     vae = AutoencoderKL.from_pretrained(location, revision=revision, torch_dtype=dtype, use_safetensors=True)
     return vae.eval().requires_grad_(False)
+
+
+def vae_scaling(config: Any) -> tuple[Scale, Scale]:
+    """(scale, shift) of a diffusers VAE configuration: model space = (latent - shift) * scale; one a channel where it says so."""
+    factor = getattr(config, "scaling_factor", None) or 1.0
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and deviation is not None:
+        return tuple(factor / value for value in deviation), tuple(map(float, mean))
+    return float(factor), float(getattr(config, "shift_factor", None) or 0.0)

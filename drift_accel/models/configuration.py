@@ -1,8 +1,19 @@
 """What the trainers' configuration files say about models: a preset by name, and any of its values changed."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
+
+from drift_accel.models.encoder_configuration import DecoderConfig, EncoderConfig, load_decoder, load_encoder
+
+__all__ = [
+    "DecoderConfig",
+    "EncoderConfig",
+    "GeneratorConfig",
+    "MaskedAutoencoderConfig",
+    "load_decoder",
+    "load_encoder",
+    "with_group",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,43 +112,6 @@ class MaskedAutoencoderConfig:
         from drift_accel.models.masked_autoencoder import MaskedAutoencoder
 
         return complete_config(MaskedAutoencoder, self.arguments())
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """The feature encoder of the drift. Raises ValueError for an empty path."""
-
-    path: str
-    """Folder of a masked autoencoder: an export of train_mae, or an artifact folder of the official release."""
-
-    def __post_init__(self):
-        if not self.path:
-            raise ValueError("encoder.path is empty: give the folder of a trained masked autoencoder")
-
-
-def load_encoder(config: EncoderConfig):
-    """Load the configured encoder in evaluation mode, without gradients for its weights.
-
-    Raises FileNotFoundError saying what belongs there, OSError for weights that cannot be read, ValueError for a folder of
-    another kind or weights that do not fit its configuration.
-    """
-    from drift_accel.models.exports import load_export
-    from drift_accel.models.masked_autoencoder import MaskedAutoencoder
-    from drift_accel.models.official import load_official
-
-    folder = Path(config.path)
-    if (folder / "metadata.json").exists():
-        encoder = load_official(folder)
-        if not isinstance(encoder, MaskedAutoencoder):
-            raise ValueError(f"encoder.path {folder} holds a {type(encoder).__name__}: give the folder of a masked autoencoder")
-    elif (folder / "config.json").exists():
-        encoder = load_export(folder, MaskedAutoencoder, "encoder.path")
-    else:
-        raise FileNotFoundError(
-            f"encoder.path {folder} has no config.json and no metadata.json: train one first "
-            "(accelerate launch -m drift_accel.train_mae --config ... --output_dir RUN) and give RUN/exports/ema_..."
-        )
-    return encoder.eval().requires_grad_(False)
 
 
 def with_group(group: str, check, arguments: dict[str, Any]) -> None:
