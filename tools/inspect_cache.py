@@ -19,6 +19,7 @@ from drift_accel.data.crops import ImageCrop
 from drift_accel.data.image_sources import open_image_source
 from drift_accel.data.latent_cache import LatentCache
 from drift_accel.data.row_encoders import vae_scaling
+from drift_accel.foundation.devices import add_device_argument, find_device
 from drift_accel.foundation.provenance import collect_provenance
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import atomic_write_bytes, atomic_write_json
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--split", help="split of a saved DatasetDict")
     parser.add_argument("--image_column", help="image column of a saved dataset")
     parser.add_argument("--label_column", default="label", help="label column of a saved dataset (default: label)")
-    parser.add_argument("--device", default="cpu", help="where the VAE computes (default: cpu)")
+    add_device_argument(parser, default="cpu")
     arguments = parser.parse_args()
     if arguments.num < 1:
         parser.error(f"--num is {arguments.num}: give at least 1")
@@ -58,14 +59,14 @@ def inspect(arguments: argparse.Namespace) -> None:
         arguments.flipped or None,
         stream if cache.is_sampled_at_read else None,
     )
-    images = decode(cache, torch.from_numpy(rows), arguments.vae, arguments.device)
+    originals = None if arguments.source is None else read_originals(cache, indices, arguments)
+    images = decode(cache, torch.from_numpy(rows), arguments.vae, find_device(arguments.device))
     labels = cache.labels[indices]
     grid = {"class_names": cache.class_names, "columns": 8}
     save_class_grid(images, labels, arguments.output_dir / "grid.png", **grid)
     written = ["grid.png", "classes.png", "statistics.json"]
     numbers = {"rows": len(cache), "shown": len(indices), "mean_of_shown": rows.mean(), "std_of_shown": rows.std()}
-    if arguments.source is not None:
-        originals = read_originals(cache, indices, arguments)
+    if originals is not None:
         error = ((images.clamp(-1, 1) - originals) / 2).square().mean((1, 2, 3))
         numbers["psnr_of_shown"] = float((-10 * error.clamp_min(1e-10).log10()).mean())
         pairs = torch.stack([originals, images.clamp(-1, 1)], dim=1).flatten(0, 1)  # original, decoded, original, ...
@@ -82,7 +83,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     print("written: " + ", ".join(str(arguments.output_dir / name) for name in written))
 
 
-def decode(cache: LatentCache, rows: torch.Tensor, name: str | None, device: str) -> torch.Tensor:
+def decode(cache: LatentCache, rows: torch.Tensor, name: str | None, device: torch.device) -> torch.Tensor:
     """Rows of a cache as images [N, 3, H, W] in [-1, 1]. Raises ValueError for another VAE's latents."""
     if cache.header.kind != LATENTS:
         return rows

@@ -26,8 +26,8 @@ from drift_accel.data.cache_format import (
     parse_manifest,
     text_sha256,
 )
-from drift_accel.data.cache_shards import arrow_schema, column_values, decode_picture, open_shard, picture_bytes
-from drift_accel.data.class_index import ClassIndex, build_class_index
+from drift_accel.data.cache_shards import ADVICE, arrow_schema, column_values, decode_picture, open_shard, picture_bytes
+from drift_accel.data.class_index import build_class_index, read_class_index
 from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.storage import sha256_file
 
@@ -35,7 +35,6 @@ MODES = ("quick", "full")
 TABLE_ROWS = 1024  # looked at together, which bounds the memory
 QUICK_ROWS = 16  # of so many that are looked at in quick mode
 STD_RANGE = (0.8, 1.2)  # of latents in model space: their scale is chosen to make it 1
-COPY_AGAIN = "copy the file again from where the cache was made, or export the cache again"
 EXPORT_AGAIN = "remove the cache and export it again with tools/export_latents.py"
 CLASSES_SHOWN = 5
 
@@ -105,7 +104,7 @@ def verify_cache(
         return report
     if len(header.classes) != manifest.num_classes:
         problem = f"says {manifest.num_classes} classes, the header lists {len(header.classes)}"
-        report.error(MANIFEST_NAME, problem, COPY_AGAIN)
+        report.error(MANIFEST_NAME, problem, ADVICE)
     _check_shards(folder, header, manifest, report, show_progress)
     _check_fit(header, model, vae, report)
     return report
@@ -136,11 +135,11 @@ def _check_manifest(folder: Path, report: CheckReport) -> CacheManifest | None:
     try:
         manifest = parse_manifest(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError) as error:
-        report.error(MANIFEST_NAME, f"cannot be read ({error})", COPY_AGAIN)
+        report.error(MANIFEST_NAME, f"cannot be read ({error})", ADVICE)
         return None
     rows = sum(entry.rows for entry in manifest.shards)
     if rows != manifest.rows:
-        report.error(MANIFEST_NAME, f"says {manifest.rows} rows, its shards have {rows} together", COPY_AGAIN)
+        report.error(MANIFEST_NAME, f"says {manifest.rows} rows, its shards have {rows} together", ADVICE)
     report.statistics.update(rows=manifest.rows, classes=manifest.num_classes, shards=len(manifest.shards))
     report.statistics["bytes"] = sum(entry.bytes for entry in manifest.shards)
     return manifest
@@ -150,18 +149,18 @@ def _check_header(folder: Path, manifest: CacheManifest, report: CheckReport) ->
     try:
         text = (folder / HEADER_NAME).read_bytes().decode("utf-8")
         if text_sha256(text) != manifest.header_sha256:
-            report.error(HEADER_NAME, "was changed after the export (its sha256 is not the manifest's)", COPY_AGAIN)
+            report.error(HEADER_NAME, "was changed after the export (its sha256 is not the manifest's)", ADVICE)
         return parse_header(text)
     except (OSError, ValueError) as error:
-        report.error(HEADER_NAME, f"cannot be read ({error})", COPY_AGAIN)
+        report.error(HEADER_NAME, f"cannot be read ({error})", ADVICE)
         return None
 
 
 def _check_file(folder: Path, entry: ShardEntry, hashed: bool, report: CheckReport) -> bool:
-    """Existence, size and (if `hashed`) content of one file; whether it has its size."""
+    """Existence, size and (if `hashed`) content of one file; whether they are as they were."""
     path = folder / entry.file
     rebuilt = entry.file == CLASS_INDEX_NAME
-    advice = "remove it: it is built again when the cache is opened" if rebuilt else COPY_AGAIN
+    advice = "remove it: it is built again when the cache is opened" if rebuilt else ADVICE
     if not path.is_file():
         if rebuilt:
             report.warn(entry.file, "is missing", "nothing to do: it is built again when the cache is opened")
@@ -174,6 +173,7 @@ def _check_file(folder: Path, entry: ShardEntry, hashed: bool, report: CheckRepo
         return False
     if hashed and sha256_file(path) != entry.sha256:
         report.error(entry.file, "has other content than at the export (its sha256 is not the manifest's)", advice)
+        return False
     return True
 
 
@@ -191,16 +191,10 @@ def _check_shards(folder: Path, header: CacheHeader, manifest: CacheManifest, re
     readable = True
     with Progress(manifest.rows, description=f"verify {report.mode}", enabled=show) as progress:
         for entry in manifest.shards:
-            tables: list[pa.RecordBatch] = []
-            if _check_file(folder, entry, report.mode == "full", report):
-                try:
-                    for batch in open_shard(folder, entry, schema):
-                        tables += [batch.slice(start, TABLE_ROWS) for start in range(0, batch.num_rows, TABLE_ROWS)]
-                except ValueError as error:
-                    report.error(entry.file, str(error), COPY_AGAIN)
-            readable = readable and bool(tables)
+            tables = _open_tables(folder, entry, schema, report)
+            readable = readable and tables is not None
             first = 0
-            for batch in tables:
+            for batch in tables or ():
                 labels.append(_check_labels(batch, entry.file, first, header, report))
                 origins.append(np.stack([np.array(column_values(batch, name)) for name in ("image_index", "view")]))
                 values.check(batch, entry.file, first)
@@ -213,6 +207,21 @@ def _check_shards(folder: Path, header: CacheHeader, manifest: CacheManifest, re
         repeated = pairs.shape[1] - np.unique(pairs, axis=1).shape[1]
         if repeated:
             report.error(MANIFEST_NAME, f"{repeated} rows come from a picture and view that another row has too", EXPORT_AGAIN)
+
+
+def _open_tables(folder: Path, entry: ShardEntry, schema: pa.Schema, report: CheckReport) -> list[pa.RecordBatch] | None:
+    """The rows of one shard in tables that fit into memory; None where the file is damaged, which is noted."""
+    if not _check_file(folder, entry, report.mode == "full", report):
+        return None  # what changed bytes say of their rows is worth nothing
+    try:
+        batches = open_shard(folder, entry, schema)
+        for batch in batches:
+            batch.validate(full=True)
+    except ValueError as error:
+        problem = str(error).removeprefix(f"{folder / entry.file} ").removesuffix(f": {ADVICE}")
+        report.error(entry.file, problem, ADVICE)
+        return None
+    return [batch.slice(start, TABLE_ROWS) for batch in batches for start in range(0, batch.num_rows, TABLE_ROWS)]
 
 
 def _check_labels(batch: pa.RecordBatch, file: str, first: int, header: CacheHeader, report: CheckReport) -> np.ndarray:
@@ -245,9 +254,9 @@ def _check_classes(folder: Path, labels: np.ndarray, header: CacheHeader, report
     path = folder / CLASS_INDEX_NAME
     if path.is_file() and len(inside) == len(labels):
         try:
-            index = ClassIndex(np.load(path, allow_pickle=False), num_classes, len(labels))
+            index = read_class_index(folder, num_classes, len(labels))
             good = np.array_equal(index.array, build_class_index(labels, num_classes).array)
-        except (OSError, ValueError, EOFError):
+        except ValueError:
             good = False
         if not good:
             advice = "remove it: it is built again when the cache is opened"
@@ -288,7 +297,7 @@ class _Values:
             try:
                 pixels = decode_picture(pictures[row], self.header.image_shape)
                 self._add(torch.from_numpy(pixels.copy())[None].float())
-            except (OSError, ValueError, SyntaxError) as error:
+            except ValueError as error:
                 self.report.error(file, f"row {first + row}: the picture cannot be decoded ({error})", EXPORT_AGAIN)
 
     def _add(self, values: torch.Tensor) -> None:

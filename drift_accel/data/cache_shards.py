@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from drift_accel.data.cache_format import CacheHeader, ShardEntry
 
@@ -31,7 +31,7 @@ def arrow_schema(header: CacheHeader) -> pa.Schema:
 def open_shard(folder: Path, entry: ShardEntry, schema: pa.Schema) -> list[pa.RecordBatch]:
     """The record batches of one shard, memory-mapped.
 
-    Raises ValueError naming the file if it is missing, has another size, another table or another number of rows.
+    Raises ValueError naming the file if it is missing, has another size, another table, another number of rows or empty places.
     """
     path = folder / entry.file
     try:
@@ -44,6 +44,8 @@ def open_shard(folder: Path, entry: ShardEntry, schema: pa.Schema) -> list[pa.Re
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             found = reader.schema
             batches = [batch for batch in reader if batch.num_rows]
+        for batch in batches:
+            batch.validate()  # damaged lengths reach beyond the bytes, and Arrow ends the process where they are used
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no Arrow file that can be read ({error}): {ADVICE}") from None
     if not found.equals(schema, check_metadata=False):
@@ -51,6 +53,9 @@ def open_shard(folder: Path, entry: ShardEntry, schema: pa.Schema) -> list[pa.Re
     rows = sum(batch.num_rows for batch in batches)
     if rows != entry.rows:
         raise ValueError(f"{path} has {rows} rows, the manifest says {entry.rows}: {ADVICE}")
+    empty = {name for batch in batches for name in batch.schema.names if _empty_places(batch.column(name))}
+    if empty:
+        raise ValueError(f"{path} has empty places in column {', '.join(sorted(empty))}: {ADVICE}")
     return batches
 
 
@@ -128,11 +133,24 @@ def picture_bytes(batch: pa.RecordBatch) -> list[memoryview]:
 
 
 def decode_picture(content: memoryview, image_shape: Sequence[int]) -> np.ndarray:
-    """A compressed picture as uint8 [C, H, W]. Raises OSError or ValueError if it cannot be decoded to this shape."""
-    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+    """A compressed picture as uint8 [C, H, W]. Raises ValueError if it cannot be decoded to this shape."""
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError("its bytes are no picture") from None
+    # Pillow's decoders raise whatever damaged bytes lead them to: struct.error, SyntaxError, KeyError, zlib.error, ...
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
     if pixels.shape != tuple(image_shape):
-        raise ValueError(f"the picture is {pixels.shape}, the header says {tuple(image_shape)}")
+        raise ValueError(f"it is {pixels.shape}, the header says {tuple(image_shape)}")
     return pixels
+
+
+def _empty_places(array: pa.Array) -> int:
+    """How many rows of a column, or numbers in its lists, are null."""
+    return array.null_count + (array.values.null_count if pa.types.is_fixed_size_list(array.type) else 0)
 
 
 def _picture_segments(batches: Sequence[pa.RecordBatch], column: str) -> tuple[list[memoryview], list[np.ndarray]]:

@@ -63,18 +63,28 @@ def write_class_index(folder: str | os.PathLike, index: ClassIndex) -> None:
     atomic_write_bytes(Path(folder) / CLASS_INDEX_NAME, content.getvalue())
 
 
+def read_class_index(folder: str | os.PathLike, num_classes: int, num_rows: int) -> ClassIndex:
+    """The index that lies in a cache's folder, memory-mapped. Raises ValueError for a file that is missing or unfit."""
+    path = Path(folder) / CLASS_INDEX_NAME
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    # numpy reads the head of a file as Python: damaged bytes lead to TokenError and what else the language knows.
+    except Exception as error:
+        raise ValueError(f"{path} is no array that can be read ({error})") from error
+    return ClassIndex(array, num_classes, num_rows)
+
+
 def open_class_index(folder: str | os.PathLike, num_classes: int, num_rows: int, labels: Callable[[], np.ndarray]) -> ClassIndex:
     """The index that lies in a cache's folder, memory-mapped; built from `labels()` and kept there if it is missing or unfit.
 
     Where the folder cannot be written it is built in memory. Raises ValueError for a label outside of the classes.
     """
-    path = Path(folder) / CLASS_INDEX_NAME
     try:
-        return ClassIndex(np.load(path, mmap_mode="r", allow_pickle=False), num_classes, num_rows)
-    except (OSError, ValueError, EOFError):
+        return read_class_index(folder, num_classes, num_rows)
+    except ValueError:
         index = build_class_index(labels(), num_classes)
     try:
         write_class_index(folder, index)
     except OSError:
         return index  # a read-only copy: every process builds its own
-    return ClassIndex(np.load(path, mmap_mode="r", allow_pickle=False), num_classes, num_rows)
+    return read_class_index(folder, num_classes, num_rows)

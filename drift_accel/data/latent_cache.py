@@ -137,7 +137,7 @@ class LatentCache:
         `flipped`: which of them are given flipped horizontally, booleans of the same shape or one for all. `stream`: for a
         cache of moments the generator of the posterior's normal numbers, drawn in the order of `indices`, or one generator for
         each entry of their first axis. Raises IndexError for an index that does not exist, ValueError for indices that are no
-        integers, flips that are not there, and a stream that is missing or not needed.
+        integers, flips that are not there, a stream that is missing or not needed, and a picture that cannot be decoded.
         """
         stored = self.stored_rows(indices, flipped)
         if self._header.kind == PIXELS:
@@ -208,12 +208,18 @@ class LatentCache:
         return indices, np.broadcast_to(flipped, indices.shape)
 
     def _decode(self, indices: np.ndarray) -> np.ndarray:
-        """The compressed pictures of rows [n] as uint8 [n, C, H, W]."""
+        """The compressed pictures of rows [n] as uint8 [n, C, H, W]. Raises ValueError naming a row that cannot be decoded."""
         pictures = self._bytes.pictures(indices)
         array = np.empty((len(pictures), *self.image_shape), dtype=np.uint8)
 
         def decode(place: int) -> None:
-            array[place] = decode_picture(pictures[place], self.image_shape)
+            try:
+                array[place] = decode_picture(pictures[place], self.image_shape)
+            except ValueError as error:
+                raise ValueError(
+                    f"row {indices[place]} of {self.path}: the picture cannot be decoded ({error}): run tools/verify_cache.py "
+                    "--mode full on it"
+                ) from error
 
         threads = min(DECODING_THREADS, os.cpu_count() or 1, len(pictures) // 8)
         if threads < 2:
