@@ -1,8 +1,6 @@
 """foundation.chunks: fixed cuts, resume with any number of processes, whole results whatever is killed."""
 
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from drift_accel.foundation.chunks import Chunks, ChunkStore, exclusive_lock, run_chunks
+from drift_accel.foundation.chunks import Chunks, ChunkStore, run_chunks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,26 +105,6 @@ def test_progress_counts_the_items_of_all_processes(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("squares: step 12/20") and "left" in lines[0] and "items_per_second" in lines[0]
     assert lines[-1].startswith("squares: step 20/20")
-
-
-def hold(path: Path, started, finish) -> None:
-    with exclusive_lock(path, "the work"):
-        started.set()
-        finish.wait(30)
-
-
-def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
-    context = multiprocessing.get_context("fork")
-    started, finish = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path / "lock", started, finish))
-    holder.start()
-    assert started.wait(30)
-    with pytest.raises(ValueError, match="the work is already running"), exclusive_lock(tmp_path / "lock", "the work"):
-        pass
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.join()
-    with exclusive_lock(tmp_path / "lock", "the work"):
-        pass
 
 
 def test_killed_at_random_instants_with_changing_numbers_of_processes(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -70,6 +71,17 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_tool(name: str, *arguments: object) -> int | str:
+    """Call a command of tools/ in this process; its exit status, or the message that it ends with."""
+    tool = load_tool(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
+        try:
+            return tool.main() or 0
+        except SystemExit as stop:
+            return stop.code or 0
 
 
 def metrics(run: Path) -> dict[int, dict]:

@@ -45,7 +45,7 @@ from drift_accel.data.archive_records import (
     write_finished,
 )
 from drift_accel.data.class_table import ClassTable
-from drift_accel.foundation.chunks import exclusive_lock
+from drift_accel.foundation.locks import exclusive_lock
 from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.storage import atomic_write_json, remove_partial_folders, require_free_space, sha256_file
 

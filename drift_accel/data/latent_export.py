@@ -31,8 +31,9 @@ from drift_accel.data.export_chunks import ChunkWriter
 from drift_accel.data.image_sources import ImageSource
 from drift_accel.data.row_encoders import RowEncoder
 from drift_accel.data.shard_assembly import ShardAssembly
-from drift_accel.foundation.chunks import Chunks, ChunkStore, exclusive_lock, run_chunks
+from drift_accel.foundation.chunks import Chunks, ChunkStore, run_chunks
 from drift_accel.foundation.collectives import require_agreement, world_group
+from drift_accel.foundation.locks import exclusive_lock
 from drift_accel.foundation.provenance import hash_configuration, package_versions
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import atomic_write_json, plain_value, remove_partial_folders, require_free_space
@@ -117,6 +118,8 @@ def export_cache(
     export = _Export(source, encoder, Path(output_dir), config, log if workers.is_main else lambda message: None)
     require_agreement(hash_configuration(export.settings), "settings and pictures of the export", world_group())
     if export.is_complete():
+        if workers.is_main:
+            remove_partial_folders(export.output_dir)  # a run was killed while it removed its in_progress
         export.log(f"{output_dir} is complete already")
         return export.output_dir
     workers.wait()  # nobody writes before all have looked

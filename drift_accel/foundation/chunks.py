@@ -5,21 +5,15 @@ alone, so any number of processes gives the same chunks, and a killed run goes o
 are missing. Each chunk is a committed folder: whole or absent, with the SHA-256 of its files in COMPLETE.json.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.storage import committed_folder, remove_folder, remove_partial_folders, verify_folder
-
-try:
-    import fcntl
-except ImportError:  # no POSIX
-    fcntl = None
 
 _NAME_DIGITS = 8
 
@@ -138,31 +132,6 @@ def run_chunks(
                 committed(chunk)
             tracker.count()
     return len(mine)
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: str | os.PathLike, purpose: str) -> Iterator[None]:
-    """Hold the lock file at `path` while the context is open; the system releases it when the process dies.
-
-    Raises ValueError naming `purpose` where another process holds it. File systems without locks are not protected.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{purpose} is already running: another process holds {path}. Wait for it or stop it. Where one command "
-                    "was to start several processes, they know nothing of each other; see `accelerate launch --multi_gpu`"
-                ) from None
-            except OSError:
-                pass  # the file system has no locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Tracker:
