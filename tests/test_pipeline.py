@@ -1,5 +1,6 @@
 """The diffusers pipeline: round trip, class names, output types, latents."""
 
+import json
 import subprocess
 import sys
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny_models import call_tool, write_export
 
 from drift_accel import DriftPipeline, Generator
-from drift_accel.sampling import decode_latents, generate
+from drift_accel.sampling import decode_latents, generate, load_trained, open_decoder
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 2: "crane", 3: "crane", 4: "Golden Retriever"}
 
@@ -160,6 +162,51 @@ def test_class_names(pipeline):
 def test_unknown_classes_are_refused(pipeline, labels, message):
     with pytest.raises(ValueError, match=message):
         pipeline(labels)
+
+
+def test_class_names_and_labels_mix(pipeline):
+    images = pipeline(class_labels=["golden retriever", 2], guidance_scale=1.0, generator=torch.Generator().manual_seed(0)).images
+    assert len(images) == 2
+
+
+def test_a_trained_model_becomes_a_pipeline_with_its_provenance_and_card(tmp_path):
+    export = write_export(tmp_path / "export")
+    (export / "provenance.json").write_text(json.dumps({"identity": {"data": "abc"}, "sessions": [{"command": ["train.py"]}]}))
+    pipeline = DriftPipeline.from_trained(load_trained(export))
+    pipeline.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers") and 'class_labels=["tench", 3]' in card
+    assert "train.py" in card and pipeline.provenance["origin"]["weights_sha256"] in card and "- 1: goldfish" in card
+    loaded = DriftPipeline.from_pretrained(tmp_path / "saved")
+    assert loaded.provenance["training"]["identity"] == {"data": "abc"}
+    assert loaded.get_label_ids(["tinca tinca", "goldfish"]) == [0, 1]
+    (tmp_path / "saved/README.md").write_text("mine")
+    loaded.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/README.md").read_text() == "mine"
+    latents = load_trained(write_export(tmp_path / "latents", channels=4))
+    with pytest.raises(ValueError, match="makes latents: give their VAE"):
+        DriftPipeline.from_trained(latents)
+    make_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    assert DriftPipeline.from_trained(latents, open_decoder(latents, str(tmp_path / "vae")))("goldfish", seed=0).images
+    other = load_trained(write_export(tmp_path / "other", channels=4, scale=2.0, shift=0.0))
+    with pytest.raises(ValueError, match="not those of the VAE's configuration"):
+        DriftPipeline.from_trained(other, open_decoder(other, str(tmp_path / "vae")))
+
+
+def test_the_hub_tool_writes_the_folder_and_sends_nothing_on_a_dry_run(tmp_path, monkeypatch):
+    write_export(tmp_path / "export")
+    command = (tmp_path / "export", "--output_dir", tmp_path / "pipe", "--repo_id", "me/model")
+    printed = call_tool("push_to_hub", *command, "--dry_run")
+    assert "dry run: nothing was sent to me/model" in printed and "generator/diffusion_pytorch_model.safetensors" in printed
+    assert DriftPipeline.from_pretrained(tmp_path / "pipe")("goldfish", seed=0).images
+    assert "add --overwrite" in call_tool("push_to_hub", *command, "--dry_run", status=2)
+    sent = []
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(
+            f"huggingface_hub.HfApi.{name}", lambda self, *given, name=name, **options: sent.append((name, options))
+        )
+    call_tool("push_to_hub", *command, "--overwrite")
+    assert [name for name, _ in sent] == ["create_repo", "upload_folder"] and sent[1][1]["folder_path"] == tmp_path / "pipe"
 
 
 def test_other_refusals(pipeline):

@@ -96,7 +96,7 @@ def _check_gaussian(mean: ArrayLike, covariance: ArrayLike, name: str) -> tuple[
 
 
 def _square_root_factor(covariance: np.ndarray, name: str) -> np.ndarray:
-    """Return F [D, D] with F F^T = covariance, negative eigenvalues taken as zero; warn where they or zeros matter."""
+    """Return F [D, rank] with F F^T = covariance, negative eigenvalues taken as zero; warn where they or zeros matter."""
     eigenvalues, vectors = np.linalg.eigh(covariance)
     rounding = len(eigenvalues) * np.finfo(np.float64).eps * max(float(np.abs(eigenvalues).max()), 0.0)
     smallest = float(eigenvalues[0])
@@ -110,9 +110,11 @@ def _square_root_factor(covariance: np.ndarray, name: str) -> np.ndarray:
     elif smallest <= rounding:
         rank = int((eigenvalues > rounding).sum())
         warnings.warn(
-            f"covariance_{name} is singular (rank {rank} of {len(eigenvalues)}): with fewer samples than dimensions the "
-            "distance is strongly biased; use more samples",
+            f"covariance_{name} is singular (rank {rank} of {len(eigenvalues)}): some features never vary, or there are too few "
+            "samples, which biases the distance strongly; use more than dimensions",
             RuntimeWarning,
             stacklevel=3,
         )
-    return vectors * np.sqrt(np.clip(eigenvalues, 0.0, None))
+    # What is zero up to rounding is left out: its square root would be noise, and the product is smaller without it.
+    kept = eigenvalues > rounding
+    return vectors[:, kept] * np.sqrt(eigenvalues[kept])

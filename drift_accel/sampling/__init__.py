@@ -5,10 +5,14 @@ from importlib import import_module
 # name -> module; loaded on first access, because the pipeline brings diffusers with it.
 _EXPORTS = {
     "DriftPipeline": "drift_accel.sampling.pipeline",
+    "GeneratedPictures": "drift_accel.sampling.pictures",
+    "SampleStore": "drift_accel.sampling.sample_store",
     "balanced_labels": "drift_accel.sampling.sampler",
     "class_grid_array": "drift_accel.sampling.grid",
     "decode_latents": "drift_accel.sampling.decoding",
     "generate": "drift_accel.sampling.sampler",
+    "load_trained": "drift_accel.sampling.trained",
+    "open_decoder": "drift_accel.sampling.vae_choice",
     "sample_noise": "drift_accel.sampling.draws",
     "sample_styles": "drift_accel.sampling.draws",
     "save_grid": "drift_accel.sampling.grid",

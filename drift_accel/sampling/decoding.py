@@ -1,16 +1,29 @@
-"""Latents of the model space back to images, by the VAE's own scale and shift."""
+"""Latents of the model space back to images, by the VAE's own scale and shift, or by those that the latents were made with."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+Scale = float | Sequence[float]
 
-def decode_latents(vae: nn.Module, latents: Tensor, chunk: int = 1) -> Tensor:
+
+def decode_latents(
+    vae: nn.Module,
+    latents: Tensor,
+    chunk: int = 1,
+    *,
+    first_index: int = 0,
+    scaling: tuple[Scale, Scale] | None = None,
+) -> Tensor:
     """Return the images [N, 3, H, W] of latents [N, C, h, w], float32, nominally in [-1, 1].
 
     `vae` is a diffusers autoencoder on the latents' device. Its configuration, which was applied to make model space, is
     undone: latents / scaling_factor + shift_factor, or * latents_std / scaling_factor + latents_mean where it has these
-    per channel. Batches of `chunk` rows, the last one padded, so that an image does not depend on the others. Raises
-    ValueError for another number of channels than the VAE has, or a chunk below 1.
+    per channel; `scaling` (scale, shift), numbers or one a channel, replaces it: latents / scale + shift.
+    Image i runs at row (first_index + i) % chunk of a padded batch of `chunk` rows, so that it does not depend on the others
+    or on how the indices are cut into calls. Raises ValueError for another number of channels than the VAE has, a chunk below
+    1 and a negative index.
     """
     channels = getattr(vae.config, "latent_channels", None)
     if latents.ndim != 4 or (channels is not None and latents.shape[1] != channels):
@@ -18,26 +31,31 @@ def decode_latents(vae: nn.Module, latents: Tensor, chunk: int = 1) -> Tensor:
             f"latents must be [N, {channels}, h, w] for this VAE, got {list(latents.shape)}; "
             "use the VAE that the training latents were made with"
         )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if chunk < 1 or first_index < 0:
+        raise ValueError(f"chunk must be at least 1, got {chunk}, and first_index at least 0, got {first_index}")
     dtype = next(vae.parameters()).dtype
-    images = []
+    images, end = [], first_index + len(latents)
     with torch.inference_mode():
-        for part in latents.split(chunk):
-            num_rows = part.shape[0]
-            part = torch.cat([part, part.new_zeros(chunk - num_rows, *part.shape[1:])])
-            part = _undo_scaling(vae.config, part.float()).to(dtype)
-            images.append(vae.decode(part, return_dict=False)[0][:num_rows].float())
+        for start in range(first_index - first_index % chunk, end, chunk):
+            asked = range(max(start, first_index), min(start + chunk, end))
+            rows = slice(asked.start - start, asked.stop - start)
+            batch = latents.new_zeros((chunk, *latents.shape[1:]), dtype=torch.float32)
+            batch[rows] = latents[asked.start - first_index : asked.stop - first_index].float()
+            batch = _undo_scaling(vae.config, batch, scaling).to(dtype)
+            images.append(vae.decode(batch, return_dict=False)[0][rows].float())
         decoded = torch.cat(images) if images else latents.new_zeros((0, 3, *latents.shape[2:]))
     # A tensor made in inference mode could not take part in a later computation with gradients.
     return decoded.clone()
 
 
-def _undo_scaling(config, latents: Tensor) -> Tensor:
+def _undo_scaling(config, latents: Tensor, scaling: tuple[Scale, Scale] | None) -> Tensor:
+    def per_channel(values: Scale) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float32, device=latents.device).reshape(1, -1, 1, 1)
+
+    if scaling is not None:
+        return latents / per_channel(scaling[0]) + per_channel(scaling[1])
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     scale = getattr(config, "scaling_factor", None) or 1.0
     if mean is not None and deviation is not None:
-        mean = torch.tensor(mean, device=latents.device).view(1, -1, 1, 1)
-        deviation = torch.tensor(deviation, device=latents.device).view(1, -1, 1, 1)
-        return latents * deviation / scale + mean
+        return latents * per_channel(deviation) / scale + per_channel(mean)
     return latents / scale + (getattr(config, "shift_factor", None) or 0.0)

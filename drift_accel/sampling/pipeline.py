@@ -1,8 +1,13 @@
 """The generator as a diffusers pipeline: class labels or names in, images out, one pass, no scheduler."""
 
 import difflib
+import json
+import os
 import secrets
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -10,12 +15,17 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 
 # From its own module: diffusers records that name and, when it loads, looks only among the modules already imported.
+from drift_accel.foundation.provenance import collect_provenance
+from drift_accel.foundation.storage import atomic_write_json, atomic_write_text
 from drift_accel.models.generator import Generator
 from drift_accel.sampling.decoding import decode_latents
+from drift_accel.sampling.model_card import model_card
 from drift_accel.sampling.sampler import generate
+from drift_accel.sampling.trained import TrainedGenerator, align_memory
+from drift_accel.sampling.vae_choice import LatentDecoder
 
+CARD_NAME, PROVENANCE_NAME = "README.md", "provenance.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MEMORY_ALIGNMENT = 64  # bytes, torch's on CPU
 
 ClassLabels = int | str | Sequence[int | str] | torch.Tensor
 
@@ -58,14 +68,48 @@ class DriftPipeline(DiffusionPipeline):
                 _check_label(int(label), generator.config.num_classes)
         self.register_modules(generator=generator, vae=vae)
         self.register_to_config(id2label=id2label)
+        self.provenance: dict[str, Any] = {}
+
+    @classmethod
+    def from_trained(cls, trained: TrainedGenerator, decoder: LatentDecoder | None = None) -> "DriftPipeline":
+        """The pipeline of a run, an export or an official folder (`load_trained`), with its class names and provenance.
+
+        `decoder` (`open_decoder`) is needed for latents. Raises ValueError for latents without one, and for a VAE whose own
+        configuration is not the scaling that the latents were made with, which a saved pipeline could not keep.
+        """
+        if trained.makes_latents and decoder is None:
+            raise ValueError(f"{trained.origin['path']} makes latents: give their VAE")
+        if decoder is not None and decoder.scaling is not None:
+            raise ValueError(
+                f"the latents were made with scale and shift {decoder.scaling}, not those of the VAE's configuration: save a VAE "
+                "with these in its configuration"
+            )
+        names = {entry.index: ", ".join(entry.names) for entry in trained.table}
+        pipeline = cls(trained.generator, None if decoder is None else decoder.vae, id2label=names)
+        pipeline.provenance = {"origin": dict(trained.origin), "training": dict(trained.provenance)}
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save weights, configuration, provenance.json and a model card (README.md, left alone where there is one).
+
+        Other arguments and errors are those of `diffusers.DiffusionPipeline.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        provenance = {**self.provenance, "saved": collect_provenance(command=sys.argv)}
+        atomic_write_json(folder / PROVENANCE_NAME, provenance)
+        if not (folder / CARD_NAME).exists():
+            card = model_card(self.generator.config, self.config.id2label or {}, provenance, has_vae=self.vae is not None)
+            atomic_write_text(folder / CARD_NAME, card)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> "DriftPipeline":
         """Load a saved pipeline; arguments and errors are those of `diffusers.DiffusionPipeline.from_pretrained`."""
         pipeline = super().from_pretrained(*args, **kwargs)
+        pipeline.provenance = _read_provenance(pipeline.config.get("_name_or_path"))
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
-                _align_memory(component)
+                align_memory(component)
         return pipeline
 
     @property
@@ -140,15 +184,13 @@ class DriftPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _align_memory(module: torch.nn.Module) -> None:
-    """Move CPU weights to where torch itself would have put them.
-
-    In a memory-mapped file they lie at any multiple of their size, and CPU kernels then round differently: the loaded
-    model would not give the bits of the saved one.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % MEMORY_ALIGNMENT:
-            tensor.data = tensor.data.clone()
+def _read_provenance(folder: str | None) -> dict[str, Any]:
+    """What a saved pipeline says of itself; empty where it says nothing."""
+    try:
+        content = json.loads((Path(folder or "") / PROVENANCE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _seed_of_call(seed: int | None, generator: torch.Generator | None) -> int:
