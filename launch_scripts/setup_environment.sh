@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with every dependency and the package in it; called by quickstart.sh and test.sh, safe to call by hand.
-# A second call installs nothing unless setup.py, pyproject.toml, the package's version or the Python version changed.
+# A second call installs nothing unless setup.py, pyproject.toml, csrc/, the package's version or the Python version changed.
 #   PYTHON=python3.12 bash launch_scripts/setup_environment.sh     to choose the interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,12 +26,14 @@ if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null && ! command -v cl
   echo "setup: on Debian or Ubuntu: apt-get install build-essential; then delete .venv/.setup_stamp and run this again." >&2
 fi
 
-stamp=$( { "$python" --version; cat setup.py pyproject.toml; grep '^__version__' drift_accel/__init__.py; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+shopt -s nullglob
+sources=(csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+stamp=$( { "$python" --version; cat setup.py pyproject.toml "${sources[@]}"; grep '^__version__' drift_accel/__init__.py; } | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ -f .venv/.setup_stamp ] && [ "$(cat .venv/.setup_stamp)" = "$stamp" ]; then
   exit 0
 fi
 
-echo "setup: installing into .venv (PyTorch alone is several GB; a few minutes the first time)"
+echo "setup: installing into .venv (PyTorch alone is several GB; a few minutes the first time), compiling the drift op (a minute or two)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 [ "$(.venv/bin/python --version)" = "$("$python" --version)" ] ||
   fail ".venv was made with $(.venv/bin/python --version) but $python is $("$python" --version). Delete .venv, or choose with PYTHON=..."
@@ -40,5 +42,8 @@ echo "setup: installing into .venv (PyTorch alone is several GB; a few minutes t
 .venv/bin/python -c 'import torch, torchvision' 2>/dev/null ||
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.11" torchvision
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[quickstart,test]"
+libraries=(drift_accel/_C*)
+[ "${#libraries[@]}" -gt 0 ] || [ "${#sources[@]}" -eq 0 ] ||
+  echo "setup: the drift op could not be compiled, so the drift runs in plain PyTorch; python -m drift_accel.doctor says more." >&2
 echo "$stamp" > .venv/.setup_stamp
 echo "setup: done"

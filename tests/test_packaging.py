@@ -251,6 +251,20 @@ class TestSetUp:
         assert run_set_up(clone, programs)[1] != []
         assert run_set_up(clone, programs)[1] == []
 
+    def test_it_builds_again_after_a_change_in_the_compiled_sources_and_says_when_nothing_came_of_it(self, clone, programs):
+        (programs / "python3").symlink_to(PYTHON)
+        run_set_up(clone, programs)
+        for name in ("csrc/problem.h", "csrc/cpu/kernels.cpp", "csrc/cuda/kernels.cu"):
+            (clone / name).parent.mkdir(exist_ok=True)
+            (clone / name).write_text("// new")
+            result, asked = run_set_up(clone, programs)
+            assert asked and "could not be compiled" in result.stderr and "drift_accel.doctor" in result.stderr
+            assert run_set_up(clone, programs)[1] == []
+        (clone / "drift_accel/_C.cpython-310-x86_64-linux-gnu.so").touch()
+        (clone / name).write_text("// newer")
+        result, asked = run_set_up(clone, programs)
+        assert asked and result.stderr == ""
+
     def test_it_installs_torch_and_torchvision_together_and_only_where_missing(self, clone, programs):
         (programs / "python3").symlink_to(PYTHON)
         _, asked = run_set_up(clone, programs)
@@ -325,6 +339,8 @@ def test_the_wheel_holds_the_package_alone_and_requires_this_torch(distributions
     assert {name.split("/")[0] for name in names} == {"drift_accel", info.split("/")[0]}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "drift_accel").rglob("*.py")}
     assert modules - set(names) == set()
+    if shutil.which("c++"):
+        assert any(re.fullmatch(r"drift_accel/_C\..*so", name) for name in names), "the compiled op is not in the wheel"
     assert f"Requires-Dist: torch=={metadata.version('torch').partition('+')[0]}\n" in text
     assert f"Version: {drift_accel.__version__}\n" in text
 

@@ -2,9 +2,10 @@
 
 from drift_accel.drift.configuration import DriftConfig
 from drift_accel.drift.couplings import DIAGNOSTICS
+from drift_accel.drift.encoders import EncoderSpec, encoder_features
 from drift_accel.drift.features import FeatureConfig, multi_scale_features
 from drift_accel.drift.guidance import GuidanceConfig, draw_guidance, negative_weight
-from drift_accel.drift.loss import DriftLoss, compute_statistics, drift_loss, drift_losses
+from drift_accel.drift.loss import DriftLoss, compute_statistics, drift_loss, drift_losses, measure_distances
 from drift_accel.drift.problems import DriftProblems
 from drift_accel.drift.reference import distances_and_sums, field_norm_sums, loss_and_gradient
 from drift_accel.drift.statistics import DriftStatistics
@@ -15,6 +16,7 @@ __all__ = [
     "DriftLoss",
     "DriftProblems",
     "DriftStatistics",
+    "EncoderSpec",
     "FeatureConfig",
     "GuidanceConfig",
     "compute_statistics",
@@ -22,8 +24,10 @@ __all__ = [
     "draw_guidance",
     "drift_loss",
     "drift_losses",
+    "encoder_features",
     "field_norm_sums",
     "loss_and_gradient",
+    "measure_distances",
     "multi_scale_features",
     "negative_weight",
 ]

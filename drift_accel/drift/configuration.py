@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "reference", "fused")
+KEEP_DISTANCES = ("auto", "always", "never")
 
 
 class BackendError(RuntimeError):
@@ -19,7 +20,11 @@ class DriftConfig:
     temperatures: tuple[float, ...] = (0.02, 0.05, 0.2)
     """Kernel temperatures, relative to the mean distance; each > 0. The fields are normalised one by one and summed."""
     backend: str = "auto"
-    """"auto" takes the fastest that is built; "reference": plain PyTorch; "fused": an error where it is not built."""
+    """"auto" takes the fastest that is built, or what DRIFT_ACCEL_BACKEND names; "reference": plain PyTorch; "fused": the
+    compiled op, an error where it is not built."""
+    keep_distances: str = "auto"
+    """Hold the distances of all keys between the stages ("always") or compute them again ("never", less memory, same result);
+    "auto" holds them up to 2 GiB."""
     reduction: str = "release"
     """"release": a key's loss is the mean over its locations; "paper": the sum, so that every vector weighs 1."""
     field: str = "summed"
@@ -69,6 +74,7 @@ class DriftConfig:
         if len(set(self.temperatures)) != len(self.temperatures):
             raise ValueError(f"drift.temperatures {self.temperatures} repeats a value: list each temperature once")
         _require_one_of("backend", self.backend, BACKENDS)
+        _require_one_of("keep_distances", self.keep_distances, KEEP_DISTANCES)
         _require_one_of("reduction", self.reduction, ("release", "paper"))
         _require_one_of("field", self.field, ("summed", "per_temperature"))
         _require_one_of("weight_placement", self.weight_placement, ("after", "log_bias"))

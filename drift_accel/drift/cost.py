@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from drift_accel.drift.features import FeatureConfig, multi_scale_features
+from drift_accel.drift.encoders import GLOBAL_KEY, as_specs, encoder_features
+from drift_accel.drift.features import FeatureConfig
 
-GLOBAL_KEY = "global"  # the flattened generator output, which the training step adds to the encoder's keys
 EXPONENTIALS = 3  # of a pair and temperature: row softmax, column softmax, affinity
 
 
@@ -47,9 +47,9 @@ class DriftCost:
 
 
 def key_sizes(encoder, image_shape: tuple[int, int, int], config: FeatureConfig | None = None) -> list[KeySize]:
-    """Every key of an encoder on the meta device for images [C,H,W], `global` included; nothing is computed."""
+    """Every key of one encoder, or of EncoderSpecs, on the meta device for images [C,H,W], `global` included; no arithmetic."""
     with torch.no_grad():
-        features = multi_scale_features(encoder, torch.empty(1, *image_shape, device="meta"), config)
+        features = encoder_features(as_specs(encoder, config), torch.empty(1, *image_shape, device="meta"))
     sizes = [KeySize(name, value.shape[1], value.shape[2]) for name, value in features.items()]
     channels, height, width = image_shape
     return [*sizes, KeySize(GLOBAL_KEY, 1, channels * height * width)]

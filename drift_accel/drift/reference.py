@@ -5,7 +5,8 @@ Three stages with a reduction of batch statistics between them (statistics.py):
   2. coupling, coefficients, field norms     -> n_tau
   3. summed field, loss and its gradient
 Source: "Generative Modeling via Drifting", arXiv 2602.04770, algorithm 2 and appendix A.5-A.7, as the official release
-computes it. Nothing with a temperature axis outlives a loop iteration; between stages only the distances are held.
+computes it. Nothing with a temperature axis outlives a loop iteration; between stages only the distances are held,
+or nothing (`keep_distances`).
 
 Shapes: B problems, G generated rows i, M = G + N + P targets j ordered [generated | negatives | positives], S features.
 Letters: x generated, y targets, w target weights, d distances, c coefficients (couplings.py), V field, u, s scales.
@@ -25,27 +26,22 @@ from drift_accel.drift.statistics import DistanceSums, DriftStatistics, NormSums
 SMALLEST_SQUARED_DISTANCE = 1e-8
 
 
-def distances_and_sums(problems: DriftProblems) -> tuple[Tensor, DistanceSums]:
-    """Stage 1: d [B,G,M] and its weighted sums (steps 1 and 2)."""
-    with _exact_products(problems.generated.device.type):
-        y, w = _centred_targets(problems), _target_weights(problems)  # [B,M,S], [B,M]
-        x = y[:, : problems.num_generated]  # [B,G,S]
-        y_sq = y.square().sum(-1)  # [B,M]
-        x_sq = y_sq[:, : problems.num_generated]  # [B,G]
-        d_sq = torch.baddbmm(y_sq[:, None] + x_sq[:, :, None], x, y.transpose(1, 2), alpha=-2)  # [B,G,M]
-        d_sq = d_sq.clamp_min_(SMALLEST_SQUARED_DISTANCE)
-        d = d_sq.sqrt()
+def distances_and_sums(problems: DriftProblems, *, keep: bool = True) -> tuple[Tensor | None, DistanceSums]:
+    """Stage 1: d [B,G,M], or None where they are not kept, and its weighted sums (steps 1 and 2)."""
+    d_sq, w = _squared_distances(problems), _target_weights(problems)
+    d = d_sq.sqrt()
     sums = DistanceSums(
         weighted_distance=(d.sum(1) * w).sum(),
         weighted_square=(d_sq.sum(1) * w).sum(),
         weight=problems.num_generated * w.sum(),
     )
-    return d, sums
+    return d if keep else None, sums
 
 
-def field_norm_sums(problems: DriftProblems, d: Tensor, scale: DriftStatistics, config: DriftConfig) -> NormSums:
-    """Stage 2: sum of V_tau^2 over problems, rows and features for each temperature (step 6)."""
+def field_norm_sums(problems: DriftProblems, d: Tensor | None, scale: DriftStatistics, config: DriftConfig) -> NormSums:
+    """Stage 2: sum of V_tau^2 over problems, rows and features for each temperature (step 6); d None: computed again."""
     squared = {}
+    d = _squared_distances(problems).sqrt_() if d is None else d
     with _exact_products(problems.generated.device.type):
         y, w = _scaled_targets(problems, scale), _target_weights(problems)
         for temperature in config.temperatures:
@@ -56,12 +52,14 @@ def field_norm_sums(problems: DriftProblems, d: Tensor, scale: DriftStatistics, 
 
 
 def loss_and_gradient(
-    problems: DriftProblems, d: Tensor, statistics: DriftStatistics, config: DriftConfig, *, diagnostics: bool = False
+    problems: DriftProblems, d: Tensor | None, statistics: DriftStatistics, config: DriftConfig, *, diagnostics: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, dict[float, Tensor]] | None]:
     """Stage 3: loss [B], its gradient with respect to the generated features [B,G,S], diagnostics by name and temperature.
 
     loss_b = mean over G and S of V^2, the value of (x/u - sg(x/u + V))^2; gradient = -2 V / (G S u) (step 7).
+    d None: the distances are computed again.
     """
+    d = _squared_distances(problems).sqrt_() if d is None else d
     numbers = {name: {} for name in DIAGNOSTICS} if diagnostics else None
     separate_losses = 0
     summed = None  # sum over tau of c / norm, [B,G,M]
@@ -81,6 +79,17 @@ def loss_and_gradient(
     u = statistics.feature_scale(problems.num_features)
     gradient = V * (-2 / (problems.num_generated * problems.num_features * u))
     return loss, gradient, numbers
+
+
+def _squared_distances(problems: DriftProblems) -> Tensor:
+    """d^2 [B,G,M] from the expanded square (step 1)."""
+    with _exact_products(problems.generated.device.type):
+        y = _centred_targets(problems)  # [B,M,S]
+        x = y[:, : problems.num_generated]  # [B,G,S]
+        y_sq = y.square().sum(-1)  # [B,M]
+        x_sq = y_sq[:, : problems.num_generated]  # [B,G]
+        d_sq = torch.baddbmm(y_sq[:, None] + x_sq[:, :, None], x, y.transpose(1, 2), alpha=-2)  # [B,G,M]
+        return d_sq.clamp_min_(SMALLEST_SQUARED_DISTANCE)
 
 
 def _centred_targets(problems: DriftProblems) -> Tensor:
