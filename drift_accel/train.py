@@ -5,37 +5,56 @@ The same command resumes an interrupted run. `--dry_run` checks and prints the c
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from drift_accel.data import DataConfig, make_sampler, open_source
+from drift_accel.data.row_encoders import weights_hash
 from drift_accel.data.samplers import small_classes
-from drift_accel.data.sources import Source, describe_source, require_same_space
+from drift_accel.data.sources import Source, describe_source, latent_scaling, require_same_space
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig
 from drift_accel.drift.configuration import BackendError
+from drift_accel.drift.encoders import (
+    EncoderEntryConfig,
+    EncoderSpec,
+    check_encoder_inputs,
+    load_specs,
+    require_different,
+)
 from drift_accel.drift.loss import require_backend
 from drift_accel.foundation.collectives import process_index, world_group
 from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
 from drift_accel.foundation.progress import Progress
 from drift_accel.foundation.run_folder import RunFolder
-from drift_accel.models.configuration import EncoderConfig, GeneratorConfig, load_encoder
+from drift_accel.models.configuration import DecoderConfig, EncoderConfig, GeneratorConfig, load_decoder
 from drift_accel.training.configuration import TrainingConfig
+from drift_accel.training.exports import DATA_DESCRIPTION, finish_run
 from drift_accel.training.generator_task import BatchConfig, GeneratorTask
+from drift_accel.training.initial_weights import find_initial_weights, hash_weights
 from drift_accel.training.launch import (
-    DATA_DESCRIPTION,
     TORCH_TYPES,
     closing_notes,
-    finish_run,
-    hash_weights,
     open_run,
     place,
     seeded_generator,
     start_accelerator,
 )
 from drift_accel.training.loop import Hooks, TrainingState, resume, start_state, train
+from drift_accel.training.networks import compile_blocks, lay_out_encoder, require_master_weights
+from drift_accel.training.profiling import StepProfiler, parse_steps
+from drift_accel.training.slices import STATISTICS_MODES
+from drift_accel.training.stops import StopWishes
 from drift_accel.training.telemetry import Telemetry
+
+# What --debug sets.
+DEBUG_VALUES = {
+    "steps": 20, "generator.hidden_size": 64, "generator.depth": 2, "generator.num_heads": 4, "batch.labels": 8,
+    "batch.generated": 8, "batch.positives": 8, "batch.negatives": 4, "optimizer.warmup_steps": 5, "checkpoint.every": 10,
+    "log.every": 1, "log.sample_every": 10, "sample.columns": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +89,34 @@ class GeneratorTrainingConfig(TrainingConfig):
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
+    more_encoders: tuple[EncoderEntryConfig, ...] = ()
+    """Encoders beside `encoder`, each with its own features and weight; all losses are summed."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    statistics: str = "global"
+    """Over which samples the drift's scale and norms are taken. "global": all labels of the step, the published method, whose
+    result does not depend on slices or processes; with slices it costs a second forward pass. "lagged": the previous step's
+    global values, one pass. "slice": one slice over all processes. "rank": one slice of one process."""
+    statistics_memory_gb: float = 16.0
+    """Memory of a process, in GB, that "global" may keep between its passes over slices; above it there is a third pass. It is
+    free again before the gradient pass, so up to what that pass takes it costs nothing."""
     gradient_checkpointing: bool = False
     """Recompute each block of the generator in the backward pass instead of keeping its activations."""
+    debug: bool = False
+    """A trial run of the same code, written into config.yaml. It sets steps 20, generator.hidden_size 64, generator.depth 2,
+    generator.num_heads 4, batch.labels 8, batch.generated 8, batch.positives 8, batch.negatives 4, optimizer.warmup_steps 5,
+    checkpoint.every 10, log.every 1, log.sample_every 10, sample.columns 2, unless the command line gives them. In a file it
+    changes nothing."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.statistics not in STATISTICS_MODES:
+            raise ValueError(f"statistics is {self.statistics!r}: choose one of {', '.join(STATISTICS_MODES)}")
+        if not 0 <= self.statistics_memory_gb < float("inf"):
+            raise ValueError(f"statistics_memory_gb is {self.statistics_memory_gb}: give a number of GB of at least 0")
+        if self.overfit_one_batch and self.data.queue is not None:
+            raise ValueError("overfit_one_batch is true but data.queue holds other samples in every step: set data.queue to null")
+        require_different([entry.name for entry in (self.encoder, *self.more_encoders)])
         self.guidance.check_counts(self.batch.generated, self.batch.negatives)
         self.drift.check_guidance(self.guidance.smallest, self.batch.negatives)
         if self.num_processes is not None:
@@ -84,17 +125,28 @@ class GeneratorTrainingConfig(TrainingConfig):
     @property
     def may_change(self) -> tuple[str, ...]:
         """Also pictures, what saves memory alone, and where the encoder lies: its weights are compared by their hash."""
-        return (*super().may_change, "sample", "gradient_checkpointing", "encoder.path")
+        keys = (*super().may_change, "sample", "gradient_checkpointing", "encoder.path", "statistics_memory_gb")
+        keys = (*keys, "decoder.batch", "decoder.checkpointing")
+        return (*keys, "batch.labels_per_slice") if self.statistics in ("global", "lagged") else keys
 
     def check_launch(self, num_processes: int) -> None:
         """Also refuse labels that the launched processes cannot share."""
         super().check_launch(num_processes)
         self.batch.check_processes(num_processes)
-        require_backend(self.drift.backend)
+        require_backend(self.drift.backend, len(self.drift.temperatures), TORCH_TYPES[self.precision])
 
 
-def check_fit(config: GeneratorTrainingConfig, encoder, source: Source) -> None:
-    """Raise ValueError where generator, encoder and data do not agree on shapes or classes."""
+def load_encoders(config: GeneratorTrainingConfig, source: Source) -> tuple[EncoderSpec, ...]:
+    """Every configured encoder; latents reach the pixel encoders through the decoder, with the scale they were made with.
+
+    Raises what `load_specs` raises.
+    """
+    decoder = load_decoder(config.decoder, scaling=latent_scaling(source))
+    return load_specs(config.encoder, config.features, config.more_encoders, decoder)
+
+
+def check_fit(config: GeneratorTrainingConfig, specs: Sequence[EncoderSpec], source: Source) -> None:
+    """Raise ValueError where generator, encoders and data do not agree on shapes or classes."""
     generator = config.generator.resolved()
     shape = (generator["in_channels"], generator["input_size"], generator["input_size"])
     if tuple(source.image_shape) != shape:
@@ -103,21 +155,28 @@ def check_fit(config: GeneratorTrainingConfig, encoder, source: Source) -> None:
         )
     if generator["num_classes"] < source.num_classes:
         raise ValueError(f"generator.num_classes is {generator['num_classes']} but the data has {source.num_classes} classes")
-    unknown = [name for name in config.features.maps or () if name not in encoder.map_names]
-    if unknown:
-        raise ValueError(f"features.maps names {', '.join(unknown)}, but the encoder has {', '.join(encoder.map_names)}")
-    if encoder.config.in_channels != shape[0]:
-        raise ValueError(
-            f"encoder.path {config.encoder.path} takes {encoder.config.in_channels} channels but the generator makes {shape[0]}"
-        )
-    description = Path(config.encoder.path) / DATA_DESCRIPTION
-    if description.exists():
-        require_same_space(describe_source(source), json.loads(description.read_text()), f"encoder.path {config.encoder.path}")
-    if shape[1] % encoder.config.input_patch_size:
-        raise ValueError(
-            f"encoder.path {config.encoder.path} patchifies by {encoder.config.input_patch_size}, "
-            f"which does not divide the generator's {shape[1]}"
-        )
+    for spec in specs:
+        known = getattr(spec.encoder, "map_names", None)
+        unknown = [name for name in spec.features.maps or () if known is not None and name not in known]
+        if unknown:
+            owner = "the encoder" if len(specs) == 1 else f"encoder {spec.name}"
+            raise ValueError(f"features.maps names {', '.join(unknown)}, but {owner} has {', '.join(known)}")
+    check_encoder_inputs(specs, shape, latents=latent_scaling(source) is not None)
+    for entry in (config.encoder, *config.more_encoders):
+        description = Path(entry.path) / DATA_DESCRIPTION
+        if entry.kind == "mae" and description.exists():
+            require_same_space(describe_source(source), json.loads(description.read_text()), f"encoder.path {entry.path}")
+
+
+def encoder_identity(config: GeneratorTrainingConfig, specs: Sequence[EncoderSpec]) -> dict[str, str]:
+    """Hashes of every frozen weight that the loss depends on."""
+    hashes = {}
+    for entry, spec in zip((config.encoder, *config.more_encoders), specs, strict=True):
+        name = "encoder" if entry is config.encoder else f"encoder_{spec.name}"
+        hashes[f"{name}_weights_sha256"] = hash_weights(entry.path) if entry.kind == "mae" else weights_hash(spec.encoder)
+        if spec.decoder is not None:
+            hashes["decoder_weights_sha256"] = weights_hash(spec.decoder.vae)
+    return hashes
 
 
 def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Source, device: torch.device) -> Hooks:
@@ -134,6 +193,8 @@ def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Source, 
 
     def sample(step: int, state: TrainingState, telemetry: Telemetry) -> None:
         with state.averages.applied_to(state.task.model, config.ema.decays[0]) as model:
+            if not state.accelerator.is_main_process:
+                return
             images = generate(model, labels, guidance_scale=config.sample.guidance_scale, seed=config.seed)
         images = images if vae is None else decode_latents(vae, images.float())
         grid = class_grid_array(images, labels, class_names=source.class_names, columns=config.sample.columns)
@@ -143,6 +204,49 @@ def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Source, 
     return Hooks(on_sample=sample)
 
 
+def make_task(
+    config: GeneratorTrainingConfig, accelerator: Accelerator, specs: Sequence[EncoderSpec], sampler, initial=None
+) -> GeneratorTask:
+    """The generator, fresh or from `initial` weights, with everything that its steps need, on the run's device."""
+    from drift_accel.models import Generator
+
+    device = accelerator.device
+    generator = Generator(**config.generator.arguments())
+    generator.initialize_weights(seeded_generator(config.seed, "generator_weights"))
+    if initial is not None:
+        initial.put_into(generator)
+    if config.gradient_checkpointing:
+        generator.enable_gradient_checkpointing()
+    return GeneratorTask(
+        compile_blocks(place(generator, config, device), config.compile),
+        tuple(place_encoder(spec, config, device) for spec in specs),
+        sampler,
+        batch=config.batch,
+        guidance=config.guidance,
+        drift=config.drift,
+        seed=config.seed,
+        flip=config.data.flip,
+        overfit_one_batch=config.overfit_one_batch,
+        statistics=config.statistics,
+        statistics_memory_gb=config.statistics_memory_gb,
+        log=accelerator.print,
+        device=device,
+        dtype=TORCH_TYPES[config.precision],
+        rank=process_index(world_group()),
+        num_processes=accelerator.num_processes,
+        group=world_group(),
+    )
+
+
+def place_encoder(spec: EncoderSpec, config: GeneratorTrainingConfig, device: torch.device) -> EncoderSpec:
+    """The encoder, and the decoder before it, on the run's device, laid out and compiled as configured."""
+    encoder = lay_out_encoder(place(spec.encoder, config, device), device)
+    if hasattr(encoder, "compile_repeated_blocks"):  # a user's own may have no blocks
+        encoder = compile_blocks(encoder, config.compile)
+    decoder = None if spec.decoder is None else place(spec.decoder, config, device)
+    return replace(spec, encoder=encoder, decoder=decoder)
+
+
 def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the folder if there is one."""
     from drift_accel.models import Generator
@@ -150,48 +254,36 @@ def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
     with plain_errors(BackendError):
         accelerator = start_accelerator(config)
         source = open_source(config.data)
-        encoder = load_encoder(config.encoder)
-        check_fit(config, encoder, source)
+        specs = load_encoders(config, source)
+        check_fit(config, specs, source)
         counts = {"positives": config.batch.positives, "negatives": config.batch.negatives}
         sampler = make_sampler(config.data, source, config.seed, **counts)
         repeated = small_classes(source, config.batch.positives)
-        identity = {"encoder_weights_sha256": hash_weights(config.encoder.path)}
+        identity = encoder_identity(config, specs)
+        if config.statistics in ("slice", "rank"):  # the loss depends on how many processes share the labels
+            identity["num_processes"] = str(accelerator.num_processes)
+        initial = find_initial_weights(config.init_from, Generator, config.generator.resolved(), output_dir)
+        if initial is not None:
+            identity["init_from_sha256"] = initial.sha256
         run = open_run(output_dir, config, accelerator, identity)
         hooks = make_hooks(config, run, source, accelerator.device)
 
-    def work() -> None:
-        generator = Generator(**config.generator.arguments())
-        generator.initialize_weights(seeded_generator(config.seed, "generator_weights"))
-        if config.gradient_checkpointing:
-            generator.enable_gradient_checkpointing()
-        task = GeneratorTask(
-            place(generator, config, accelerator.device),
-            place(encoder, config, accelerator.device),
-            sampler,
-            batch=config.batch,
-            guidance=config.guidance,
-            drift=config.drift,
-            features=config.features,
-            seed=config.seed,
-            flip=config.data.flip,
-            device=accelerator.device,
-            dtype=TORCH_TYPES[config.precision],
-            rank=process_index(world_group()),
-            num_processes=accelerator.num_processes,
-            group=world_group(),
-        )
+    def work(stops: StopWishes) -> None:
+        task = make_task(config, accelerator, specs, sampler, initial)
         if repeated:
             accelerator.print(f"classes with fewer than {config.batch.positives} images repeat some: {', '.join(repeated)}")
-        state = start_state(task, config, accelerator)
+        state = start_state(task, config, accelerator, stops)
+        require_master_weights(state.model, state.optimizer, TORCH_TYPES[config.precision])
+        if config.profile_steps is not None and accelerator.is_main_process:
+            state.profiler = StepProfiler(run, parse_steps(config.profile_steps))
         resume(state, run, accelerator.print)
         if state.step == 0:
             fill(sampler, source.num_classes, enabled=accelerator.is_main_process)
         first_step = state.step
         train(state, config, run, hooks)
-        if accelerator.is_main_process:
-            finish_run(run, state, first_step, describe_source(source))
+        finish_run(run, state, first_step, describe_source(source))
 
-    closing_notes(run, accelerator, work)
+    closing_notes(run, accelerator, work, max_hours=config.max_hours)
     accelerator.end_training()
 
 
@@ -203,7 +295,7 @@ def fill(sampler, num_classes: int, *, enabled: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    command = parse_command(GeneratorTrainingConfig, __doc__, argv)
+    command = parse_command(GeneratorTrainingConfig, __doc__, argv, debug_values=DEBUG_VALUES)
     if command.dry_run:
         print(configuration_text(command.config), end="")
         return

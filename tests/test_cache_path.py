@@ -1,5 +1,6 @@
-"""The latent path end to end: pictures -> export through the bundled VAE -> verify -> encoder -> generator."""
+"""The path of caches end to end: pictures -> export, through the bundled VAE or as pixels -> verify -> encoder -> generator."""
 
+import json
 import shutil
 
 import datasets
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import TINY_GENERATOR, TINY_MAE, checkpoint_tensors, load_tool
+from small_caches import write_digit_pictures
+from tiny_runs import TINY_GENERATOR, TINY_MAE, checkpoint_tensors, metrics, run_tool
 
 from drift_accel import train, train_mae
-from drift_accel.data.digit_images import coloured_digit
-from drift_accel.data.digits import load_digits
+from drift_accel.data.image_sources import ImageFolder
 from drift_accel.data.latent_cache import LatentCache
 from drift_accel.models.autoencoder import load_vae
+from drift_accel.sampling.decoding import decode_latents
 
 NUM_PICTURES = 40
 
@@ -21,28 +23,12 @@ NUM_PICTURES = 40
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Class folders of coloured digits as PNGs."""
-    folder, digits = tmp_path_factory.mktemp("pictures"), load_digits("train")
-    for row in range(NUM_PICTURES):
-        target = folder / str(digits.labels[row])
-        target.mkdir(exist_ok=True)
-        Image.fromarray(coloured_digit(digits.images[row, 0], 0, row)).save(target / f"{row:05d}.png")
-    return folder
+    return write_digit_pictures(tmp_path_factory.mktemp("pictures"), NUM_PICTURES)
 
 
 def export(pictures, output, *more):
     arguments = ["--source", pictures, "--output_dir", output, "--vae", "digits", "--image_size", 64, "--cpu", *more]
     return run_tool("export_latents", *arguments)
-
-
-def run_tool(name, *arguments):
-    """Exit status of a tool's main in this process."""
-    tool = load_tool(name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [f"{name}.py", *map(str, arguments)])
-        try:
-            return tool.main() or 0
-        except SystemExit as stop:
-            return stop.code or 0
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +52,24 @@ def test_rows_are_the_posterior_means_of_their_pictures(pictures, cache):
         assert opened.class_names[opened.labels[row]] == name.split("/")[0]
     order = [table[row]["image_index"] for row in range(NUM_PICTURES)]
     assert sorted(order) == list(range(NUM_PICTURES)) and order != sorted(order), "rows are not shuffled"
+
+
+def mean_psnr(images, originals):
+    """Of pictures [N, 3, H, W] in [-1, 1], in dB."""
+    return float((-10 * ((images.clamp(-1, 1) - originals) / 2).square().mean((1, 2, 3)).log10()).mean())
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_decoding_the_cache_gives_the_vaes_own_quality(pictures, cache, flipped):
+    opened, source, vae = LatentCache(cache), ImageFolder(pictures), load_vae("digits")
+    originals = np.stack([source.load(origin.image_index) for origin in opened.origins(np.arange(NUM_PICTURES))])
+    originals = torch.from_numpy(originals).permute(0, 3, 1, 2) / 127.5 - 1  # [N, 3, 64, 64]
+    originals = originals.flip(-1) if flipped else originals
+    own = mean_psnr(vae.decode(vae.encode(originals).latent_dist.mean).sample, originals)
+    decoded = decode_latents(vae, torch.from_numpy(opened.rows(np.arange(NUM_PICTURES), flipped)))
+    assert mean_psnr(decoded, originals) == pytest.approx(own, abs=0.02), "float16 costs less than that"
+    assert own > 30
+    assert opened.rows(np.arange(NUM_PICTURES), flipped).std() == pytest.approx(1, abs=0.2)
 
 
 def test_the_same_export_gives_the_same_rows_and_another_seed_does_not(pictures, cache, tmp_path):
@@ -121,3 +125,64 @@ def test_encoder_and_generator_train_on_the_cache_and_refuse_another_space(cache
     (encoder / "data.json").write_text(description.replace('"scale": ', '"scale": 2.0, "was": '))
     with pytest.raises(SystemExit, match="was trained with VAE scale 2.0"):
         train.main([*arguments, "--steps", "2", "--output_dir", str(tmp_path / "other")])
+
+
+def train_on_pixels(cache, run):
+    """A few steps of both trainers on 16x16 pixels; the tensors of their last checkpoints."""
+    data = ("--data.source", "cache", "--data.path", str(cache), "--data.flip", "true")
+    sizes = ("--mae.preset", "null", "--mae.in_channels", "3", "--mae.input_size", "16", "--mae.num_classes", "10")
+    train_mae.main([*TINY_MAE, *sizes, *data, "--output_dir", str(run / "mae")])
+    shape = ("--generator.in_channels", "3", "--generator.input_size", "16", "--generator.patch_size", "4")
+    encoder = ("--encoder.path", str(run / "mae/exports/ema_0.99"))
+    train.main([*TINY_GENERATOR, *shape, *data, *encoder, "--steps", "3", "--output_dir", str(run / "generator")])
+    assert set(metrics(run / "generator")) == {1, 2, 3}
+    with Image.open(run / "generator/samples/step_00000003.png") as picture:
+        assert picture.width > 64
+    return {**checkpoint_tensors(run / "mae", 6), **checkpoint_tensors(run / "generator", 3)}
+
+
+def test_both_trainers_train_on_pixels_in_every_encoding(pictures, tmp_path):
+    tensors = {}
+    for encoding in ("uint8", "png", "jpeg"):
+        cache = tmp_path / encoding
+        arguments = ["--source", pictures, "--output_dir", cache, "--image_size", 16, "--cpu", "--chunk_size", 16]
+        assert run_tool("export_latents", *arguments, "--encoding", encoding) == 0
+        assert run_tool("verify_cache", cache, "--mode", "full") == 0
+        tensors[encoding] = train_on_pixels(cache, tmp_path / f"runs_{encoding}")
+    for name, tensor in tensors["uint8"].items():
+        assert torch.equal(tensor, tensors["png"][name]), f"{name}: a lossless picture gave other pixels"
+    assert any(not torch.equal(tensor, tensors["jpeg"][name]) for name, tensor in tensors["uint8"].items())
+
+
+def test_the_trainers_refuse_what_they_cannot_train_on(pictures, tmp_path):
+    table = [{"index": label, "wnid": str(label), "names": [f"digit {label}"]} for label in range(11)]
+    (tmp_path / "classes.json").write_text(json.dumps({"format": 1, "classes": table}))
+    arguments = ["--source", pictures, "--output_dir", tmp_path / "cache", "--image_size", 16, "--cpu", "--encoding", "uint8"]
+    assert run_tool("export_latents", *arguments, "--class_table", tmp_path / "classes.json") == 0
+    (tmp_path / "unfinished/in_progress").mkdir(parents=True)
+    (tmp_path / "pictures").mkdir()
+
+    def train_encoder(run, *, path="cache", **changes):
+        sizes = {"preset": "null", "in_channels": 3, "input_size": 16, "num_classes": 11, **changes}
+        options = [text for key, value in sizes.items() for text in (f"--mae.{key}", str(value))]
+        data = ("--data.source", "cache", "--data.path", str(tmp_path / path))
+        train_mae.main([*TINY_MAE, *options, *data, "--output_dir", str(run)])
+        return data
+
+    for change, message in (
+        ({"in_channels": 4}, r"takes images of shape \(4, 16, 16\) but the data has \(3, 16, 16\)"),
+        ({"input_size": 32}, r"takes images of shape \(3, 32, 32\) but the data has \(3, 16, 16\)"),
+        ({"num_classes": 10}, "num_classes is 10 but the data has 11 classes"),
+        ({"path": "unfinished"}, "still being written, or its export was stopped"),
+        ({"path": "pictures"}, "is no cache: it has no manifest.json"),
+        ({"path": "nowhere"}, "is no folder"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train_encoder(tmp_path / "refused", **change)
+        assert not (tmp_path / "refused/checkpoints").exists(), change
+    data = train_encoder(tmp_path / "mae")
+    shape = ("--generator.in_channels", "3", "--generator.input_size", "16", "--generator.patch_size", "4")
+    classes = ("--generator.num_classes", "11", "--encoder.path", str(tmp_path / "mae/exports/ema_0.99"))
+    with pytest.raises(SystemExit, match=r"class 10 \(digit 10\) has no rows in .*: export again with pictures of it, or leave"):
+        train.main([*TINY_GENERATOR, *shape, *classes, *data, "--steps", "3", "--output_dir", str(tmp_path / "generator")])
+    assert not (tmp_path / "generator/checkpoints").exists()

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import (
     checkpoint_tensors,
@@ -25,7 +26,7 @@ from drift_accel.models import Generator, MaskedAutoencoder
 from drift_accel.training.generator_task import GeneratorTask
 from drift_accel.training.loop import NonFiniteError
 
-TIMING = ("steps_per_second", "samples_per_second", "data_wait_share")
+TIMING = ("steps_per_second", "samples_per_second", "data_wait_share", "memory_gb")
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,20 @@ def test_a_finished_run_is_left_alone_and_remembers_its_sessions(encoder, tmp_pa
     assert (run / "exports/ema_0.99/config.json").exists()
 
 
+def test_a_lengthened_run_without_its_last_export_makes_it(encoder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run_generator(encoder, run, "--steps", "2")
+    short = load_file(run / "exports/ema_0.99/diffusion_pytorch_model.safetensors")
+    with monkeypatch.context() as killed:  # between the last checkpoint and the export
+        killed.setattr(train, "finish_run", lambda *_: None)
+        run_generator(encoder, run, "--steps", "4")
+    run_generator(encoder, run, "--steps", "4")
+    exported = load_file(run / "exports/ema_0.99/diffusion_pytorch_model.safetensors")
+    saved = checkpoint_tensors(run, 4)
+    assert any(not torch.equal(exported[name], short[name]) for name in exported)
+    assert all(torch.equal(exported[name], saved[f"ema_0.99/{name}"]) for name in exported)
+
+
 def test_gradient_checkpointing_changes_memory_only(encoder, tmp_path):
     run_generator(encoder, tmp_path / "plain", "--steps", "3")
     run_generator(encoder, tmp_path / "recomputed", "--steps", "3", "--gradient_checkpointing", "true")
@@ -217,9 +232,9 @@ def test_processes_that_see_different_checkpoints_are_refused(encoder, tmp_path)
     run_generator(encoder, run, "--steps", "2")
     script.write_text(
         "import os, sys\n"
-        "from drift_accel.training import loop\n"
+        "from drift_accel.training import state\n"
         "if os.environ['RANK'] == '1':\n"
-        "    loop.sha256_file = lambda path: 'another'\n"
+        "    state.sha256_file = lambda path: 'another'\n"
         "from drift_accel.train import main\n"
         "main(sys.argv[1:])\n"
     )
@@ -272,3 +287,19 @@ def test_a_wrong_number_of_processes_is_refused(encoder, tmp_path):
     assert result.returncode != 0
     assert "2 processes were asked for, but this run has 1" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_best_checkpoint_by_an_evaluation_is_kept_and_the_hook_sees_each_one_complete(encoder, tmp_path, monkeypatch):
+    run, seen = tmp_path / "run", []
+    distances = {2: 5.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 2.0}
+
+    def evaluate(step, folder):
+        seen.append((step, (folder / "COMPLETE.json").exists()))
+        return {"fid": distances[step]}
+
+    monkeypatch.setattr(train, "make_hooks", lambda *_: train.Hooks(on_checkpoint=evaluate))
+    settings = ("--checkpoint.every", "2", "--checkpoint.keep_last", "1", "--checkpoint.keep_best", "fid")
+    run_generator(encoder, run, "--steps", "6", *settings)
+    run_generator(encoder, run, "--steps", "10", *settings)
+    assert seen == [(step, True) for step in distances]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000010"]

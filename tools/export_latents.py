@@ -21,6 +21,7 @@ from drift_accel.data.crops import CROPS, ImageCrop
 from drift_accel.data.image_sources import ImageSource, open_image_source
 from drift_accel.data.latent_export import ExportConfig, Workers, export_cache
 from drift_accel.data.row_encoders import PIXEL_ENCODINGS, SAMPLINGS, VAE_DTYPES, PixelEncoder, RowEncoder, VaeEncoder
+from drift_accel.foundation.devices import add_device_argument, pin_launched_device
 
 TABLE_NAME = "classes.json"
 
@@ -56,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--chunk_size", type=int, default=1024, help="rows computed and resumed together (default: 1024)")
     add("--shard_bytes", type=int, default=256_000_000, help="largest file of rows (default: 256 MB)")
     add("--num_threads", type=int, default=8, help="threads a process that read pictures (default: 8)")
-    add("--cpu", action="store_true", help="compute on the CPU")
+    add_device_argument(parser)
     arguments = parser.parse_args()
     if (arguments.vae is None) == (arguments.encoding is None):
         parser.error("give --vae for latents or --encoding for pixels, one of the two")
@@ -124,7 +125,9 @@ def main() -> None:
         config = export_config(arguments)
         source = open_pictures(arguments)
         # Processes wait for the slowest one, which may be hours behind.
-        accelerator = Accelerator(cpu=arguments.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        pin_launched_device(arguments.device)
+        waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        accelerator = Accelerator(cpu=arguments.device == "cpu", kwargs_handlers=[waiting])
         export_cache(
             source,
             make_encoder(arguments, accelerator.device),

@@ -10,16 +10,18 @@ from drift_accel.data.labelled_images import LabelledImages
 from drift_accel.data.latent_cache import LatentCache
 from drift_accel.data.queue import QueueConfig, SampleQueue
 from drift_accel.data.samplers import DirectSampler, draw_flips
+from drift_accel.data.subset import BalancedSubset
 from drift_accel.foundation.random_streams import random_stream
 
 SOURCES = ("digits", "cache")
-Source = LabelledImages | LatentCache
+Source = LabelledImages | LatentCache | BalancedSubset
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The source of real samples. Raises ValueError for an unknown source or split, or a cache without a path."""
+    """The source of real samples. Raises ValueError for an unknown source or split, no rows, or a cache without a path."""
 
+    known_sources = SOURCES  # without a type: no setting
     source: str = "digits"
     """"digits": scikit-learn's handwritten digits, in memory; "cache": latents or pixels written by tools/export_latents.py."""
     path: str | None = None
@@ -28,16 +30,20 @@ class DataConfig:
     """Read the whole cache at the start instead of mapping it."""
     split: str = "train"
     """Part of the digits to train on: "train" or "test"."""
+    max_rows: int | None = None
+    """Train on so many rows alone, the same number of each class as far as they reach; always the same ones. null: all."""
     flip: bool = False
     """Mirror each drawn image left to right with probability one half; of latents the stored mirrored ones are read."""
     queue: QueueConfig | None = None
     """null: positives and negatives from the whole source; else the paper's queue of recent samples."""
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            raise ValueError(f"data.source is {self.source!r}: choose one of {', '.join(SOURCES)}")
+        if self.source not in self.known_sources:
+            raise ValueError(f"data.source is {self.source!r}: choose one of {', '.join(self.known_sources)}")
         if self.split not in SPLITS:
             raise ValueError(f"data.split is {self.split!r}: choose one of {', '.join(SPLITS)}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"data.max_rows is {self.max_rows}: give at least one row a class, or null for all")
         if self.source == "cache" and not self.path:
             raise ValueError("data.path is missing: give the folder that tools/export_latents.py wrote")
         if self.source == "digits" and self.path is not None:
@@ -45,7 +51,13 @@ class DataConfig:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open the configured source. Raises FileNotFoundError or ValueError for a folder that is no complete cache."""
+    """Open the configured source. Raises FileNotFoundError or ValueError for a folder that is no complete cache, and for
+    `max_rows` below the number of classes."""
+    source = _open_whole_source(config)
+    return source if config.max_rows is None else BalancedSubset(source, config.max_rows)
+
+
+def _open_whole_source(config: DataConfig) -> LabelledImages | LatentCache:
     if config.source == "digits":
         return load_digits(config.split)
     cache = LatentCache(config.path, in_memory=config.in_memory)
@@ -71,6 +83,7 @@ def read_images(source: Source, rows: np.ndarray, seed: int, name: str, step: in
 
 def describe_source(source: Source) -> dict[str, Any]:
     """What an exported model keeps of the data it was trained on: the space of its images and the class table."""
+    source = source.source if isinstance(source, BalancedSubset) else source
     if isinstance(source, LabelledImages):
         ids = source.class_names
         space = {"kind": "pixels", "scale": None, "shift": None, "vae": None}
@@ -79,6 +92,12 @@ def describe_source(source: Source) -> dict[str, Any]:
         space = {"kind": header.kind, "scale": header.scale, "shift": header.shift, "vae": header.vae}
     classes = [{"index": i, "id": key, "name": name} for i, (key, name) in enumerate(zip(ids, source.class_names, strict=True))]
     return {**space, "image_shape": list(source.image_shape), "classes": classes}
+
+
+def latent_scaling(source: Source) -> tuple[Any, Any] | None:
+    """(scale, shift) that the source's latents were made with, numbers or one a channel; None for pixels."""
+    space = describe_source(source)
+    return None if space["kind"] == "pixels" else (space["scale"], space["shift"])
 
 
 def require_same_space(own: dict[str, Any], other: dict[str, Any], name: str) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -27,11 +27,19 @@ class Command(Generic[ConfigType]):
     dry_run: bool
 
 
-def parse_command(config_type: type[ConfigType], description: str, argv: Sequence[str] | None = None) -> Command[ConfigType]:
+def parse_command(
+    config_type: type[ConfigType],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    debug_values: Mapping[str, Any] | None = None,
+) -> Command[ConfigType]:
     """Read `--config FILE`, overrides like `--optimizer.lr 1e-4`, `--output_dir RUN` and `--dry_run`.
 
-    The command line goes before the file and the file before the defaults, wherever --config stands. An unknown key, a wrong
-    type or a value that the configuration refuses ends the process with status 2 and one message.
+    The command line goes before the file and the file before the defaults, wherever --config stands. `--debug` puts
+    `debug_values` (by dotted key) over the files, and other values of the command line still go before them. A boolean key
+    without a value means true. An unknown key, a wrong type or a value that the configuration refuses ends the process with
+    status 2 and one message.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what each field's docstring says
     parser = ArgumentParser(description=description, usage=USAGE, allow_abbrev=False)
@@ -40,7 +48,8 @@ def parse_command(config_type: type[ConfigType], description: str, argv: Sequenc
     parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, then stop")
     parser.add_class_arguments(config_type, None, fail_untyped=True)
     groups = [name for name, hint in get_type_hints(config_type).items() if dataclasses.is_dataclass(hint)]
-    arguments = _wholes_first(sys.argv[1:] if argv is None else argv, groups)
+    arguments = _with_values(sys.argv[1:] if argv is None else argv, _boolean_keys(config_type))
+    arguments = _wholes_first(arguments, groups, _as_arguments(debug_values or {}))
     try:
         for file in _config_files(arguments):
             _refuse_repeated_keys(file)
@@ -83,8 +92,37 @@ def _instantiate(parser: ArgumentParser, config_type: type[ConfigType], namespac
     return config_type(**{field.name: values[field.name] for field in dataclasses.fields(config_type)})
 
 
-def _wholes_first(arguments: Sequence[str], groups: Collection[str]) -> list[str]:
-    """Put every --config first and whole groups (--optimizer FILE) after them: the parser lets whatever comes later win."""
+def _boolean_keys(config_type: type, prefix: str = "--") -> set[str]:
+    """The options of all boolean fields: --debug, --data.flip."""
+    keys = set()
+    for name, hint in get_type_hints(config_type).items():
+        if dataclasses.is_dataclass(hint):
+            keys |= _boolean_keys(hint, f"{prefix}{name}.")
+        elif hint is bool:
+            keys.add(prefix + name)
+    return keys
+
+
+def _with_values(arguments: Sequence[str], boolean_keys: Collection[str]) -> list[str]:
+    """Give boolean options that stand alone the value true."""
+    complete = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        complete.append(argument)
+        if argument in boolean_keys and following.startswith("--"):
+            complete.append("true")
+    return complete
+
+
+def _as_arguments(values: Mapping[str, Any]) -> list[str]:
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+def _wholes_first(arguments: Sequence[str], groups: Collection[str], debug_arguments: Sequence[str] = ()) -> list[str]:
+    """Put every --config first and whole groups (--optimizer FILE) after them: the parser lets whatever comes later win.
+
+    Next come `debug_arguments`, if --debug is asked for, and then all single values.
+    """
+    asked = dict(zip(arguments, [*arguments[1:], ""], strict=True)).get("--debug", "") == "true" or "--debug=true" in arguments
     ranks = {"--config": 0, **{f"--{group}": 1 for group in groups}}
     ranked = ([], [], [])
     remaining = iter(arguments)
@@ -94,7 +132,7 @@ def _wholes_first(arguments: Sequence[str], groups: Collection[str]) -> list[str
         ranked[rank].append(argument)
         if rank < 2 and not separator:
             ranked[rank].extend(islice(remaining, 1))
-    return [argument for arguments_of_rank in ranked for argument in arguments_of_rank]
+    return [*ranked[0], *ranked[1], *(debug_arguments if asked else ()), *ranked[2]]
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

@@ -1,22 +1,25 @@
 """The folder of a run. Nothing else in the package knows its layout:
 
     config.yaml  provenance.json  RUN.md  metrics.jsonl  tensorboard/  samples/step_00001000.png
-    checkpoints/step_00001000/{COMPLETE.json, ...}  exports/NAME/  evaluation/NAME.json
+    checkpoints/step_00001000/{COMPLETE.json, ...}  exports/NAME/  evaluation/NAME.json  profiles/  .lock
 
 Methods that write are for the main process alone.
 """
 
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from drift_accel.foundation import run_records
+from drift_accel.foundation.locks import exclusive_lock
 from drift_accel.foundation.storage import (
     COMPLETE_NAME,
     atomic_write_bytes,
@@ -34,7 +37,7 @@ _logger = logging.getLogger(__name__)
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _FOLDER_NAMES = ("tensorboard", "samples", "checkpoints", "exports", "evaluation")
 # What an interrupted first start can leave before config.yaml is there.
-_EARLY_FILE_NAMES = ("provenance.json", "RUN.md")
+_EARLY_FILE_NAMES = ("provenance.json", "RUN.md", ".lock")
 
 
 class RunFolder:
@@ -43,6 +46,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._damaged_checkpoints: dict[int, tuple[int, int] | None] = {}
+        self._lock = ExitStack()
 
     @property
     def config_path(self) -> Path:
@@ -80,6 +84,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def checkpoint_values_path(self) -> Path:
+        """The value of a metric by checkpoint, JSON; there where one decides which checkpoints stay."""
+        return self.checkpoints_dir / "values.json"
+
+    @property
     def exports_dir(self) -> Path:
         """Models to use elsewhere, one folder each."""
         return self.path / "exports"
@@ -92,6 +101,10 @@ class RunFolder:
     def sample_path(self, step: int) -> Path:
         """The picture of a step (>= 0). Raises ValueError for a negative step."""
         return self.samples_dir / f"{_step_name(step)}.png"
+
+    def trace_path(self, first: int, last: int) -> Path:
+        """The profiler's trace of the steps `first` to `last` (>= 0). Raises ValueError for a negative step."""
+        return self.path / "profiles" / f"{_step_name(first)}_to_{_step_name(last)}.json.gz"
 
     def checkpoint_dir(self, step: int) -> Path:
         """The checkpoint folder of a step (>= 0). Raises ValueError for a negative step."""
@@ -163,6 +176,18 @@ class RunFolder:
             raise ValueError(f"{self.config_path} holds no configuration (a mapping of keys to values)")
         return saved
 
+    def lock(self) -> None:
+        """Hold the folder, which is made where missing, against other live runs until `unlock` or the end of the process.
+
+        Raises ValueError where another run holds it, or the folder is a foreign one.
+        """
+        self._refuse_foreign_folder()
+        self._lock.enter_context(exclusive_lock(self.path / ".lock", f"a run in {self.path}"))
+
+    def unlock(self) -> None:
+        """Let other runs have the folder; harmless where it is not held."""
+        self._lock.close()
+
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
         """`committed_folder` for the checkpoint of a step; a folder of an earlier, damaged one is exchanged."""
@@ -188,11 +213,11 @@ class RunFolder:
             on_damaged(f"checkpoint {folder} is damaged and skipped: {'; '.join(problems)}")
         return None
 
-    def prune_checkpoints(self, keep_last: int | None) -> list[int]:
+    def prune_checkpoints(self, keep_last: int | None, kept_steps: Collection[int] = ()) -> list[int]:
         """Remove the checkpoints before the newest `keep_last` completed ones (None: keep all); returns their steps.
 
-        One that `latest_complete_checkpoint` found damaged does not count, or it would push out the good ones.
-        Raises ValueError for keep_last < 1.
+        Those of `kept_steps` stay, whatever their age. One that `latest_complete_checkpoint` found damaged does not count, or it
+        would push out the good ones. Raises ValueError for keep_last < 1.
         """
         if keep_last is None:
             return []
@@ -201,7 +226,7 @@ class RunFolder:
         steps = self.checkpoint_steps()
         good = [step for step in steps if self._damaged_checkpoints.get(step) != self._completion_mark(step)]
         kept = good[-keep_last:]
-        removed = [step for step in steps if kept and step < kept[0]]
+        removed = [step for step in steps if kept and step < kept[0] and step not in kept_steps]
         for step in removed:
             remove_folder(self.checkpoint_dir(step))
         return removed
@@ -246,13 +271,48 @@ class RunFolder:
             atomic_write_bytes(self.metrics_path, content)
         return len(records) - len(kept)
 
-    def start_notes(self, text: str) -> None:
-        """Add a line "opened" to RUN.md; a run found open is completed with "ended without closing" first."""
-        atomic_write_text(self.notes_path, run_records.notes_with_opening(self._notes(), self.path.name, text))
+    def start_notes(self, text: str, summary: str = "") -> None:
+        """Add a line "opened" to RUN.md; a run found open is completed with "ended without closing" first.
+
+        `summary`, in Markdown, becomes the head of a new RUN.md.
+        """
+        notes = self._notes()
+        sign = self._last_sign(notes)
+        atomic_write_text(
+            self.notes_path, run_records.notes_with_opening(notes, self.path.name, text, summary=summary, last_sign=sign)
+        )
+
+    def complete_notes(self) -> bool:
+        """Complete the notes of a run that was killed, where no other process runs it; True if there was something to do."""
+        notes = self._notes()
+        if not run_records.is_open(notes):
+            return False
+        try:
+            with exclusive_lock(self.path / ".lock", f"a run in {self.path}"):
+                atomic_write_text(self.notes_path, run_records.completed_notes(notes, self._last_sign(notes)))
+        except ValueError:
+            return False  # it lives
+        return True
 
     def finish_notes(self, outcome: str) -> None:
         """Add a line "closed" to RUN.md. Raises ValueError if no run is open there."""
         atomic_write_text(self.notes_path, run_records.notes_with_closing(self._notes(), outcome))
+
+    def _last_sign(self, notes: str) -> str:
+        """What the run that `notes` leave open recorded last: step, time, how long after its start."""
+        opened = run_records.opening_time(notes)
+        if opened is None or not self.metrics_path.exists():
+            return ""
+        written = datetime.fromtimestamp(self.metrics_path.stat().st_mtime, timezone.utc)
+        lines = run_records.whole_lines(self.metrics_path.read_bytes()).splitlines()
+        if written < opened - timedelta(seconds=1) or not lines:
+            return "nothing was recorded after its start"
+        try:
+            step = json.loads(lines[-1]).get("step")
+        except (ValueError, AttributeError):
+            return ""
+        after = run_records.duration_text((written - opened).total_seconds())
+        return f"last record of step {step}, {written:%Y-%m-%d %H:%M:%S} UTC, {after} after its start"
 
     def _notes(self) -> str:
         return self.notes_path.read_text("utf-8") if self.notes_path.exists() else ""

@@ -4,6 +4,7 @@ Pure functions of text and dicts; `run_folder.py` knows where the records lie.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -63,19 +64,44 @@ def whole_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def notes_with_opening(notes: str, title: str, text: str) -> str:
-    """The notes with a line "opened"; a run that was still open gets its line "ended without closing" first."""
-    notes = notes or f"# {title}\n\n"
-    if _is_open(notes):
-        notes = f"{_line_ended(notes)}{_NOT_CLOSED}\n"
-    return f"{_line_ended(notes)}{_OPENED}{_now()}: {_one_line(text)}\n"
+def notes_with_opening(notes: str, title: str, text: str, *, summary: str = "", last_sign: str = "") -> str:
+    """The notes with a line "opened"; a run that was still open is completed first (`completed_notes`).
+
+    `summary`, in Markdown, stands at the head of new notes.
+    """
+    notes = notes or f"# {title}\n\n" + (f"{summary.strip()}\n\n## Diary\n\n" if summary else "")
+    return f"{_line_ended(completed_notes(notes, last_sign))}{_OPENED}{_now()}: {_one_line(text)}\n"
+
+
+def completed_notes(notes: str, last_sign: str = "") -> str:
+    """The notes of a run that nobody runs any more: one that is still open there gets its line "ended without closing".
+
+    `last_sign` says what it was seen doing last.
+    """
+    if not is_open(notes):
+        return notes
+    return f"{_line_ended(notes)}{_NOT_CLOSED}{f': {_one_line(last_sign)}' if last_sign else ''}\n"
+
+
+def opening_time(notes: str) -> datetime | None:
+    """When the last run in the notes was opened."""
+    found = re.findall(rf"^{re.escape(_OPENED)}(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d) UTC", notes, re.M)
+    return datetime.strptime(found[-1], "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc) if found else None
+
+
+def duration_text(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(max(int(seconds), 0), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def notes_with_closing(notes: str, outcome: str) -> str:
     """The notes with a line "closed". Raises ValueError if no run is open in them."""
-    if not _is_open(notes):
+    if not is_open(notes):
         raise ValueError("the notes have no open run to close; start_notes comes first")
-    return f"{_line_ended(notes)}{_CLOSED}{_now()}: {_one_line(outcome)}\n"
+    opened = opening_time(notes)
+    after = "" if opened is None else f" after {duration_text((datetime.now(timezone.utc) - opened).total_seconds())}"
+    return f"{_line_ended(notes)}{_CLOSED}{_now()}{after}: {_one_line(outcome)}\n"
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -91,7 +117,8 @@ def _same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and first == second
 
 
-def _is_open(notes: str) -> bool:
+def is_open(notes: str) -> bool:
+    """Whether the last run in the notes has not ended, or was killed."""
     # Lines that people add in between do not matter.
     marks = [line for line in notes.splitlines() if line.startswith((_OPENED, _CLOSED, _NOT_CLOSED))]
     return bool(marks) and marks[-1].startswith(_OPENED)

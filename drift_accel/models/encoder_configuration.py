@@ -214,12 +214,15 @@ class DecoderConfig:
         check_decoder_settings(self.batch, self.dtype)
 
 
-def load_decoder(config: DecoderConfig):
-    """The configured VaeDecoder, or None without a VAE. Raises what `load_vae` raises."""
+def load_decoder(config: DecoderConfig, scaling=None):
+    """The configured VaeDecoder, or None without a VAE; `scaling` (scale, shift) of the latents, None: the VAE's own.
+
+    Raises what `load_vae` raises.
+    """
     from drift_accel.models.autoencoder import load_vae
     from drift_accel.models.vae_decoder import VaeDecoder
 
     if config.vae is None:
         return None
     vae = load_vae(config.vae, revision=config.revision)
-    return VaeDecoder(vae, batch=config.batch, checkpointing=config.checkpointing, dtype=config.dtype)
+    return VaeDecoder(vae, batch=config.batch, checkpointing=config.checkpointing, dtype=config.dtype, scaling=scaling)

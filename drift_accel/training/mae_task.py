@@ -3,6 +3,7 @@
 Source: arXiv 2602.04770, appendix A.3.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from drift_accel.data.samplers import draw_epoch_rows
 from drift_accel.data.sources import Source, read_images
 from drift_accel.foundation.random_streams import uniform_draws
+from drift_accel.training.step_parts import step_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,16 @@ class MaeBatch:
     labels: Tensor
     mask: Tensor
 
+    def labels_from(self, start: int, stop: int) -> "MaeBatch":
+        """The images `start` to `stop` with labels and masks, as views."""
+        return MaeBatch(self.images[start:stop], self.labels[start:stop], self.mask[start:stop])
+
 
 class MaeTask:
-    """The task of `drift_accel.train_mae`."""
+    """The task of `drift_accel.train_mae`; a process's images go through the network in `accumulate` equal parts.
+
+    With `overfit_one_batch` every step has the draws of step 0.
+    """
 
     def __init__(
         self,
@@ -65,6 +74,8 @@ class MaeTask:
         total_steps: int,
         seed: int,
         flip: bool = False,
+        accumulate: int = 1,
+        overfit_one_batch: bool = False,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
@@ -73,20 +84,26 @@ class MaeTask:
         self.model, self.source = model, source
         self.mask_ratio, self.classifier, self.total_steps = mask_ratio, classifier, total_steps
         self.seed, self.flip, self.device, self.dtype = seed, flip, device, dtype
-        self.num_samples = batch_size
+        self.num_samples, self.accumulate, self.overfit_one_batch = batch_size, accumulate, overfit_one_batch
         here = batch_size // num_processes
         self.slots = np.arange(rank * here, (rank + 1) * here)
 
     def draw(self, step: int) -> MaeBatch:
         """This process's images of a step and their masks: patches hidden independently."""
+        step = 0 if self.overfit_one_batch else step
+        rows, labels, mask = self.draw_rows(step)
+        images = read_images(self.source, rows[:, None], self.seed, "images", step, self.slots, self.flip)[:, 0]
+        tensors = (torch.from_numpy(images), labels, mask)
+        return MaeBatch(*(tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in tensors))
+
+    def draw_rows(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        """This process's rows [B] of a step, their labels [B] and masks [B,1,h,w] on the encoder's grid."""
         rows = draw_epoch_rows(self.seed, step, self.slots, self.num_samples, len(self.source))
         config = self.model.config
         side = config.input_size // config.input_patch_size // config.mask_patch_size
         uniforms = uniform_draws(self.seed, "mask", step, self.slots.tolist(), (1, side, side))
         mask = self.model.expand_mask(torch.from_numpy((uniforms < self.mask_ratio).astype(np.float32)))
-        images = read_images(self.source, rows[:, None], self.seed, "images", step, self.slots, self.flip)[:, 0]
-        tensors = (torch.from_numpy(images), torch.from_numpy(self.source.labels[rows]), mask)
-        return MaeBatch(*(tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in tensors))
+        return rows, torch.from_numpy(self.source.labels[rows]), mask
 
     def transfer(self, batch: MaeBatch) -> MaeBatch:
         """The batch on the run's device in the type of its weights."""
@@ -103,10 +120,23 @@ class MaeTask:
     def load_data_state(self, state: dict[str, Tensor]) -> None:
         """Nothing to restore."""
 
+    def split(self, batch: MaeBatch) -> list[MaeBatch]:
+        """The batch in `accumulate` parts, as views."""
+        size = batch.labels.shape[0] // self.accumulate
+        return [batch.labels_from(start, start + size) for start in range(0, batch.labels.shape[0], size)]
+
+    def prepare(self, model: nn.Module, parts: Sequence[MaeBatch], autocast: Callable) -> None:
+        """Nothing: the loss is a mean over images."""
+
     def compute(self, model: nn.Module, batch: MaeBatch, step: int, *, diagnostics: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of this process's images; metrics are the means of its parts."""
+        """Mean loss of a part's images; metrics are the means of its parts."""
         weight = self.classifier.weight_at(step, self.total_steps)
-        parts = model(batch.images, batch.labels, batch.mask, lambda_cls=weight)
-        metrics = {name: value.detach().mean() for name, value in parts._asdict().items()}
-        metrics["classifier_weight"] = torch.full_like(metrics["loss"], weight)
-        return parts.loss.mean(), metrics
+        with step_part("encoder"):
+            parts = model(batch.images, batch.labels, batch.mask, lambda_cls=weight)
+            metrics = {name: value.detach().mean() for name, value in parts._asdict().items()}
+            metrics["classifier_weight"] = torch.full_like(metrics["loss"], weight)
+            return parts.loss.mean(), metrics
+
+    def end_step(self, non_finite: Tensor) -> dict[str, Tensor]:
+        """Nothing: a step leaves the weights alone."""
+        return {}

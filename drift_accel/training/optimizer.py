@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from drift_accel.training.sharding import whole_tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -79,14 +81,18 @@ def update_weights(
     step: int,
     loss: Tensor,
     group=None,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip and apply one update; returns (gradient norm before clipping (), flag () that is 1 where it was not finite).
+    """Clip and apply one update; returns (gradient norm before clipping (), flag () that is 1 where nothing was updated).
 
-    The flag is the largest over `group`; where it is 1 the fused optimiser leaves weights and moments untouched, without
-    the host waiting for it.
+    The flag is the largest over `group` and the same on every process; where it is 1 the fused optimiser leaves weights and
+    moments untouched, without the host waiting for it. It is 1 where loss or gradient are not finite, and where `held` () is 1:
+    the flag of an earlier step that the host has not read yet.
     """
-    gradient_norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    gradient_norm = whole_tensor(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
     non_finite = (~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))).float()
+    if held is not None:
+        non_finite = torch.maximum(non_finite, held)
     if group is not None:
         torch.distributed.all_reduce(non_finite, op=torch.distributed.ReduceOp.MAX, group=group)
     inner = inner_optimizer(optimizer)

@@ -5,7 +5,7 @@ Shapes: L labels of this process, G generated, P positives, N unconditional nega
 Source: arXiv 2602.04770, algorithm 1 and appendix A.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,12 @@ from drift_accel.drift import (
     DriftStatistics,
     FeatureConfig,
     drift_losses,
-    multi_scale_features,
     negative_weight,
 )
+from drift_accel.drift.encoders import GLOBAL_KEY, EncoderSpec, as_specs, encoder_features, key_weight
+from drift_accel.training.step_parts import step_part
 
-GLOBAL_KEY = "global"  # the flattened generator output itself, beside the encoder's keys
+Encoders = nn.Module | EncoderSpec | Sequence[EncoderSpec]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,17 @@ class DriftBatch:
         w = negative_weight(self.guidance_scale, self.num_generated, self.num_negatives)
         return w if self.guidance_weighs else torch.zeros_like(w)
 
+    def labels_from(self, start: int, stop: int) -> "DriftBatch":
+        """The labels `start` to `stop` with all their samples, as views."""
+        G = self.num_generated
+        by_sample = ("noise", "style_indices")
+        members = {
+            name: value[start * G : stop * G] if name in by_sample else value[start:stop]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return DriftBatch(**members, guidance_weighs=self.guidance_weighs)
+
     def pinned(self) -> "DriftBatch":
         """The batch in page-locked memory, from which `to` copies to a GPU while the host goes on."""
         members = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -96,7 +108,7 @@ class StepResult:
 
 def drift_step(
     generator: nn.Module,
-    encoder: nn.Module,
+    encoder: Encoders,
     batch: DriftBatch,
     drift: DriftConfig | None = None,
     features: FeatureConfig | None = None,
@@ -106,35 +118,61 @@ def drift_step(
 ) -> StepResult:
     """Generate, extract features, drift: the loss of one step, summed over feature keys, mean over this process's labels.
 
+    `encoder` is one encoder, whose keys `features` chooses, or one or several EncoderSpecs with their own features and weights.
     `statistics` (by key) are used instead of this batch's when given; `group` is the process group they are taken over.
     Metrics: loss, scale/KEY, drift_sqnorm_TAU/KEY, key_loss/KEY and, with `diagnostics`, NAME_TAU/KEY.
     """
-    drift = DriftConfig() if drift is None else drift
+    specs = as_specs(encoder, features)
+    problems = step_problems(generator, specs, batch)
+    return step_loss(problems, batch, drift, specs=specs, statistics=statistics, group=group, diagnostics=diagnostics)
+
+
+def step_problems(
+    generator: nn.Module, encoder: Encoders, batch: DriftBatch, features: FeatureConfig | None = None
+) -> dict[str, DriftProblems]:
+    """Generate and extract features: the drift problems of every key, one a label and location."""
+    specs = as_specs(encoder, features)
     G, N = batch.num_generated, batch.num_negatives
-
-    generated = generator(
-        batch.noise, batch.labels.repeat_interleave(G), batch.guidance_scale.repeat_interleave(G), batch.style_indices
-    )  # [L*G,C,H,W]
-    with torch.no_grad():
-        real = torch.cat([batch.positives, batch.negatives], dim=1).flatten(0, 1)  # [L*(P+N),C,H,W]
-        real_features = all_features(encoder, real, features)  # {key: [L*(P+N),T,S]}
-    generated_features = all_features(encoder, generated, features)  # {key: [L*G,T,S]}
-
-    weight = batch.negative_weight()
-    problems = {
-        key: make_problems(values, real_features[key], weight, num_negatives=N) for key, values in generated_features.items()
-    }
-    results = drift_losses(problems, config=drift, statistics=statistics, group=group, diagnostics=diagnostics)
-
-    key_losses = {key: key_loss(result, problems[key], weight.shape[0], drift) for key, result in results.items()}
-    loss = torch.stack(list(key_losses.values())).sum()
-    return StepResult(loss, step_metrics(loss, key_losses, results), {key: r.statistics for key, r in results.items()})
+    with step_part("generator"):
+        generated = generator(
+            batch.noise, batch.labels.repeat_interleave(G), batch.guidance_scale.repeat_interleave(G), batch.style_indices
+        )  # [L*G,C,H,W]
+    with step_part("encoder"):
+        with torch.no_grad():
+            real = torch.cat([batch.positives, batch.negatives], dim=1).flatten(0, 1)  # [L*(P+N),C,H,W]
+            real_features = all_features(specs, real)  # {key: [L*(P+N),T,S]}
+        generated_features = all_features(specs, generated)  # {key: [L*G,T,S]}
+        weight = batch.negative_weight()
+        return {
+            key: make_problems(values, real_features[key], weight, num_negatives=N) for key, values in generated_features.items()
+        }
 
 
-def all_features(encoder: nn.Module, images: Tensor, config: FeatureConfig | None) -> dict[str, Tensor]:
-    """The encoder's keys and `global`: {key: [B,T,S]}. `global` and `norm_x` keep full precision under autocast."""
+def step_loss(
+    problems: Mapping[str, DriftProblems],
+    batch: DriftBatch,
+    drift: DriftConfig | None = None,
+    *,
+    specs: Sequence[EncoderSpec] | None = None,
+    statistics: Mapping[str, DriftStatistics] | None = None,
+    group=None,
+    diagnostics: bool = False,
+) -> StepResult:
+    """Drift: the loss of `step_problems` of a batch, each key weighed by its encoder (None: 1); the rest as `drift_step`."""
+    drift = DriftConfig() if drift is None else drift
+    with step_part("drift"):
+        results = drift_losses(problems, config=drift, statistics=statistics, group=group, diagnostics=diagnostics)
+        num_labels = batch.labels.shape[0]
+        weights = {key: 1.0 if specs is None else key_weight(specs, key) for key in results}
+        key_losses = {key: weights[key] * key_loss(result, problems[key], num_labels, drift) for key, result in results.items()}
+        loss = torch.stack(list(key_losses.values())).sum()
+        return StepResult(loss, step_metrics(loss, key_losses, results), {key: r.statistics for key, r in results.items()})
+
+
+def all_features(specs: Sequence[EncoderSpec], images: Tensor) -> dict[str, Tensor]:
+    """The encoders' keys and `global`: {key: [B,T,S]}. `global` and `norm_x` keep full precision under autocast."""
     images = images.float() if images.dtype in (torch.bfloat16, torch.float16) else images
-    keys = multi_scale_features(encoder, images, config)
+    keys = encoder_features(specs, images)
     keys[GLOBAL_KEY] = images.flatten(1).unsqueeze(1)
     return keys
 

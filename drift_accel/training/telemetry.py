@@ -1,8 +1,10 @@
 """What a run reports: one record a log step in metrics.jsonl and TensorBoard."""
 
+import importlib.util
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from drift_accel.foundation.run_folder import RunFolder
+from drift_accel.training.alarms import ALARMS, AlarmWatch
+from drift_accel.training.metric_tags import dashboard
+
+TRACKERS = ("wandb",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,26 +27,52 @@ class LogConfig:
     """Steps between records of metrics; a record costs one read from the device."""
     sample_every: int = 1000
     """Steps between sample grids; the last step always has one."""
+    trackers: tuple[str, ...] = ()
+    """Where records go beside metrics.jsonl and TensorBoard, through accelerate: "wandb", which must be installed."""
 
     def __post_init__(self):
         for name in ("every", "sample_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"log.{name} is {getattr(self, name)}: give a number of steps of at least 1")
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        if unknown:
+            raise ValueError(f"log.trackers holds {unknown}: choose of {', '.join(TRACKERS)}; TensorBoard is always written")
+        missing = [name for name in self.trackers if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"log.trackers holds {missing}, which is not installed: pip install {' '.join(missing)}")
 
 
 class Telemetry:
     """Writes the records of one run; on other processes than the main one it writes nothing.
 
-    Records after `start_step`, which a killed run wrote and this one will write again, are dropped first.
+    Records after `start_step`, which a killed run wrote and this one will write again, are dropped first. With `lenient` a record
+    that cannot be written (a full disk) is kept and tried again with the next one, instead of ending the run. `watch` looks for
+    alarms among the records, which `log` gets as lines; `forward` gets every record too (W&B), as (values, step).
     """
 
-    def __init__(self, run: RunFolder, start_step: int, *, enabled: bool):
-        self._run = run
+    def __init__(
+        self,
+        run: RunFolder,
+        start_step: int,
+        *,
+        enabled: bool,
+        lenient: bool = False,
+        watch: AlarmWatch | None = None,
+        log: Callable[[str], None] = print,
+        forward: Callable[[dict[str, float], int], None] | None = None,
+    ):
+        self._run, self._lenient = run, lenient
+        self._watch, self._log, self._forward = watch, log, forward
+        self._unwritten: list[dict[str, float]] = []
         self._writer = None
         self._last_time, self._last_step = time.perf_counter(), start_step
         if enabled:
             run.truncate_metrics(start_step)
             self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=start_step + 1)
+            if watch is not None:
+                self._writer.add_custom_scalars(dashboard("generator" if watch.is_generator else "encoder"))
+                watched = "\n".join(f"- {name}: {meaning}" for name, (meaning, _) in ALARMS.items())
+                self._writer.add_text("alarms", f"This run watches for:\n{watched}", start_step)
 
     def record(self, step: int, values: Mapping[str, float], num_samples: int, waited: float) -> dict[str, float]:
         """Write the metrics of `step` (optimiser steps done) with rates since the last record; returns the whole record.
@@ -60,11 +92,37 @@ class Telemetry:
             "data_wait_share": waited / elapsed,
         }
         if self._writer is not None:
-            self._run.append_metrics({"step": step, **record})
-            for tag, value in record.items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
+            self._unwritten.append({"step": step, **record})
+            self._say_alarms({"step": step, **record})
+            if self._forward is not None:
+                self._forward(record, step)
+            try:
+                self._write()
+            except OSError as error:
+                if not self._lenient:
+                    raise
+                print(f"warning: the record of step {step} waits for the next one: {error}", file=sys.stderr)
         return record
+
+    def _write(self) -> None:
+        while self._unwritten:
+            record = self._unwritten[0]
+            self._run.append_metrics(record)
+            self._unwritten.pop(0)
+            for tag, value in record.items():
+                if tag != "step":
+                    self._writer.add_scalar(tag, value, record["step"])
+            self._writer.flush()
+
+    def _say_alarms(self, record: dict[str, float]) -> None:
+        for alarm in self._watch.check(record) if self._watch is not None else ():
+            self._log(str(alarm))
+            self._writer.add_text("alarms", str(alarm), alarm.step)
+
+    def add_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Show how host tensors {tag: values} are distributed."""
+        for tag, numbers in values.items() if self._writer is not None else ():
+            self._writer.add_histogram(tag, numbers, step)
 
     def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Show a uint8 picture [H,W,3] in TensorBoard."""
@@ -78,11 +136,11 @@ class Telemetry:
 
 
 def summarise(values: Mapping[str, float]) -> dict[str, float]:
-    """The mean over feature keys of every tag NAME/KEY, as NAME."""
+    """The mean over feature keys of every tag NAME/KEY, as NAME; held-out measures (val/KEY) have no mean."""
     groups = defaultdict(list)
     for tag, value in values.items():
         name, separator, _ = tag.partition("/")
-        if separator:
+        if separator and name != "val":
             groups[name].append(value)
     return {name: float(np.mean(group)) for name, group in groups.items()}
 

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# One run on several machines: start this on each of them with the same arguments, within a few minutes.
+#   MACHINE_RANK=0 bash launch_scripts/multi_node.sh train     --config train_configs/X.yaml     --output_dir /shared/runs/x
+#   MACHINE_RANK=1 bash launch_scripts/multi_node.sh train     ... (the same)
+#   MACHINE_RANK=0 bash launch_scripts/multi_node.sh train_mae --config train_configs/mae_X.yaml --output_dir /shared/runs/mae
+# You must set (here, or in the environment):
+MACHINE_RANK=${MACHINE_RANK:-0}              # 0, 1, 2, ...: another number on each machine
+NUM_MACHINES=${NUM_MACHINES:-2}              # how many machines
+MAIN_ADDRESS=${MAIN_ADDRESS:-127.0.0.1}      # a name or address of machine 0 that all others reach
+MAIN_PORT=${MAIN_PORT:-29500}                # a port that is free there and open to the others
+PROCESSES_PER_MACHINE=${PROCESSES_PER_MACHINE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)} # one a GPU
+# --output_dir, the data and the encoder must be the same folders on all machines (a shared file system). Code and package versions
+# must be equal too; the trainer compares what it can and refuses the rest. Where machines have several networks, name the fast one:
+#   export NCCL_SOCKET_IFNAME=ib0
+# More for accelerate, for example FSDP2: LAUNCH_OPTIONS="--use_fsdp --fsdp_version 2"
+# The same command on all machines goes on after an interruption; another number of machines may go on too.
+set -euo pipefail
+[ $# -gt 0 ] || { sed -n '2,5p' "$0" >&2; exit 2; }
+module=$1
+shift
+case "$module" in train | train_mae) ;; *) echo "multi_node: the first argument is train or train_mae, got $module" >&2; exit 2 ;; esac
+[ "$PROCESSES_PER_MACHINE" -gt 0 ] || { echo "multi_node: no GPU found here; set PROCESSES_PER_MACHINE" >&2; exit 2; }
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+accelerate=${ACCELERATE:-.venv/bin/accelerate}
+command -v "$accelerate" >/dev/null || accelerate=accelerate
+total=$((NUM_MACHINES * PROCESSES_PER_MACHINE))
+# c10d: the machines meet at MAIN_ADDRESS and agree on their ranks; --num_processes after the module makes the trainer check that
+# all of them came.
+# shellcheck disable=SC2086
+exec "$accelerate" launch --multi_gpu --num_machines "$NUM_MACHINES" --num_processes "$total" --machine_rank "$MACHINE_RANK" \
+  --main_process_ip "$MAIN_ADDRESS" --main_process_port "$MAIN_PORT" --rdzv_backend c10d \
+  --mixed_precision no --dynamo_backend no ${LAUNCH_OPTIONS:-} -m "drift_accel.$module" "$@" --num_processes "$total"
