@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from drift_accel import train, train_mae
 from drift_accel.data import LabelledImages
 from drift_accel.data import sources as data_sources
+from drift_accel.drift import FeatureConfig
+from drift_accel.drift.encoders import as_specs
 from drift_accel.foundation.command_line import configuration_dict, parse_command
 from drift_accel.models.configuration import EncoderConfig, load_encoder
 
@@ -83,10 +85,10 @@ def touch_nothing(monkeypatch):
         monkeypatch.setattr(owner, name, refuse)
 
     for command in (train, train_mae):
-        forbid(command, "open_source")
+        forbid(command, "open_source" if command is train else "open_encoder_data")
         forbid(command, "start_accelerator")
         forbid(command, "open_run")
-    forbid(train, "load_encoder")
+    forbid(train, "load_encoders")
     forbid(data_sources, "load_digits")
     forbid(torch.nn.Module, "__init__")
 
@@ -215,7 +217,18 @@ ON_THE_COMMAND_LINE = [
     ("train", "--seed 1.5", ["seed", "1.5", "int"]),
     ("train", "--precision float16", ["precision is 'float16'", "range", "bfloat16"]),
     ("train", "--precision fp32", ["precision is 'fp32'", "float32"]),
-    ("train", "--device cuda", ["device is 'cuda'", "auto"]),
+    ("train", "--device gpu", ["device is 'gpu'", "auto", "cuda:N"]),
+    ("train", "--device cuda:-1", ["device is 'cuda:-1'", "cuda:N"]),
+    ("train", "--compile all", ["compile is 'all'", "blocks"]),
+    ("train", "--profile_steps 5", ["profile_steps is '5'", "11-13"]),
+    ("train", "--profile_steps 5-4", ["profile_steps is '5-4'"]),
+    ("train", "--profile_steps 0-4", ["profile_steps is '0-4'", "counted from 1"]),
+    ("train", "--statistics local", ["statistics is 'local'", "global, lagged, slice, rank"]),
+    ("train", "--statistics_memory_gb -1", ["statistics_memory_gb is -1.0"]),
+    ("train", "--statistics_memory_gb .nan", ["statistics_memory_gb is nan"]),
+    ("train", "--overfit_one_batch --data.queue.push 4", ["overfit_one_batch is true", "data.queue to null"]),
+    ("train", "--batch.labels_per_slice 0", ["batch.labels_per_slice is 0", "null"]),
+    ("train", "--data.max_rows 0", ["data.max_rows is 0"]),
     ("train", "--num_processes 0", ["num_processes is 0"]),
     ("train", "--num_processes 3", ["batch.labels is 10", "3 processes", "9 labels"]),
     ("train", "--num_processes 1.0", ["num_processes", "1.0", "int"]),
@@ -245,6 +258,18 @@ ON_THE_COMMAND_LINE = [
     ("train", "--ema.decays 0.9", ["ema.decays", "0.9", "tuple"]),
     ("train", "--checkpoint.every 0", ["checkpoint.every is 0"]),
     ("train", "--checkpoint.keep_last 0", ["checkpoint.keep_last is 0", "null"]),
+    ("train", "--checkpoint.keep_every 1500", ["checkpoint.keep_every is 1500", "multiple of checkpoint.every (1000)"]),
+    ("train", "--checkpoint.export_every 0", ["checkpoint.export_every is 0", "multiple of checkpoint.every (1000)"]),
+    ("train", "--checkpoint.keep_best=", ["checkpoint.keep_best is empty"]),
+    ("train", "--checkpoint.best_is least", ["checkpoint.best_is is 'least'", "min, max"]),
+    ("train", "--checkpoint.on_error retry", ["checkpoint.on_error is 'retry'", "stop, continue"]),
+    ("train", "--init_from=", ["init_from is empty", "null"]),
+    ("train", "--nonfinite skip", ["nonfinite is 'skip'", "skip:3"]),
+    ("train", "--nonfinite skip:0", ["nonfinite is 'skip:0'", "skip:N"]),
+    ("train", "--max_hours 0", ["max_hours is 0.0", "null"]),
+    ("train", "--max_hours .nan", ["max_hours is nan"]),
+    ("train", "--collective_timeout_minutes 0", ["collective_timeout_minutes is 0.0"]),
+    ("train", "--collective_timeout_minutes .inf", ["collective_timeout_minutes is inf", "a week"]),
     ("train", "--log.every 0", ["log.every is 0"]),
     ("train", "--log.sample_every -1", ["log.sample_every is -1"]),
     ("train", "--batch.labels 0", ["batch.labels is 0"]),
@@ -302,6 +327,25 @@ ON_THE_COMMAND_LINE = [
     ("train", "--features.windows [2.5]", ["features.windows", "2.5", "int"]),
     ("train", "--features.windows 2", ["features.windows", "2", "tuple"]),
     ("train", "--features.vectors false --features.statistics [] --features.norm_x false", ["features", "all off"]),
+    ("train", "--data.source images --data.path pictures", ["data.source is 'images'", "digits, cache"]),
+    ("train_mae", "--data.source images", ["data.path is missing", "pictures a class"]),
+    ("train_mae", "--data.source images --data.path p --data.flip true", ["data.flip is True", "mirrored already"]),
+    ("train_mae", "--data.source images --data.path p --data.max_rows 5", ["data.max_rows is 5", "leave it out"]),
+    ("train_mae", "--data.images.image_size 0", ["data.images.image_size is 0"]),
+    ("train_mae", "--data.images.dtype float16", ["data.images.dtype is 'float16'", "bfloat16"]),
+    ("train_mae", "--data.images.vae_batch 0", ["data.images.vae_batch is 0"]),
+    ("train_mae", "--data.images.min_area 0", ["data.images.min_area is 0.0"]),
+    ("train_mae", "--validation.every 0", ["validation.every is 0", "null for no validation"]),
+    ("train_mae", "--validation.max_rows 0", ["validation.max_rows is 0", "null for all rows"]),
+    ("train_mae", "--validation.batch_size 0", ["validation.batch_size is 0"]),
+    ("train_mae", "--validation.split all", ["validation.split is 'all'", "test or train"]),
+    ("train_mae", "--validation.every 60", ["validation.every is 60", "multiple of log.every, 50"]),
+    ("train_mae", "--validation.path x", ["validation.path is 'x'", "validation.split"]),
+    (
+        "train_mae",
+        "--data.source cache --data.path x --validation.every 50",
+        ["validation.path is missing", "validation.every to null"],
+    ),
     ("train", "--sample.columns 0", ["sample.columns", "0 and 10"]),
     ("train", "--sample.max_classes 0", ["sample.max_classes", "8 and 0"]),
     ("train", "--sample.guidance_scale 0.5", ["sample.guidance_scale is 0.5"]),
@@ -321,6 +365,11 @@ ON_THE_COMMAND_LINE = [
     ("train", "--data.source imagenet", ["data.source is 'imagenet'", "digits"]),
     ("train", "--data.split validation", ["data.split is 'validation'", "train"]),
     ("train", "--encoder.path=", ["encoder.path is empty"]),
+    ("train", "--encoder.kind vit", ["encoder.kind is 'vit'", "convnextv2"]),
+    ("train", "--encoder.architecture resnet18", ["encoder.architecture is 'resnet18'", "kind resnet", "leave it out"]),
+    ("train", "--encoder.kind code", ["would run", "encoder.allow_code"]),
+    ("train", "--encoder.name a/b", ["encoder.name is 'a/b'"]),
+    ("train", "--encoder.weight 0", ["encoder.weight of encoder is 0.0"]),
     ("train", "--optimizer.rate 1", ["--optimizer.rate"]),
     ("train", "--mae.preset tiny", ["--mae.preset"]),
     ("train", "--optimiser.lr 1", ["--optimiser.lr"]),
@@ -330,6 +379,9 @@ ON_THE_COMMAND_LINE = [
     ("train_mae", "--precision float16", ["precision is 'float16'", "bfloat16"]),
     ("train_mae", "--batch_size 0", ["batch_size is 0"]),
     ("train_mae", "--num_processes 3", ["batch_size is 128", "3 processes"]),
+    ("train_mae", "--accumulate 0", ["accumulate is 0"]),
+    ("train_mae", "--accumulate 3", ["accumulate is 3", "128 images"]),
+    ("train_mae", "--num_processes 4 --accumulate 64", ["accumulate is 64", "32 images"]),
     ("train_mae", "--mask_ratio 0", ["mask_ratio is 0.0"]),
     ("train_mae", "--mask_ratio 1", ["mask_ratio is 1.0"]),
     ("train_mae", "--mask_ratio .nan", ["mask_ratio is nan"]),
@@ -491,8 +543,8 @@ def test_a_launch_that_does_not_fit_is_refused(configured):
         configured("train").check_launch(4)
     with pytest.raises(ValueError, match="batch_size is 128, which 3 processes cannot share"):
         configured("train_mae").check_launch(3)
-    with pytest.raises(RuntimeError, match="drift.backend is 'fused'"):
-        configured("train", "--drift.backend", "fused").check_launch(1)
+    with pytest.raises(RuntimeError, match="'fused', which cannot be used"):
+        configured("train", "--drift.backend", "fused", "--precision", "float64").check_launch(1)
 
 
 def images(channels: int = 1, size: int = 8, classes: int = 10) -> LabelledImages:
@@ -507,8 +559,8 @@ def tiny_encoder():
 
 
 def test_a_generator_that_fits_encoder_and_data_passes(configured, tiny_encoder):
-    train.check_fit(configured("train"), tiny_encoder, images())
-    train.check_fit(configured("train"), tiny_encoder, images(classes=3))
+    train.check_fit(configured("train"), as_specs(tiny_encoder), images())
+    train.check_fit(configured("train"), as_specs(tiny_encoder), images(classes=3))
     train_mae.check_fit(configured("train_mae"), images())
 
 
@@ -522,7 +574,7 @@ def test_a_generator_that_fits_encoder_and_data_passes(configured, tiny_encoder)
 )
 def test_data_that_does_not_fit_is_refused(source, message, configured, tiny_encoder):
     with pytest.raises(ValueError, match=message):
-        train.check_fit(configured("train"), tiny_encoder, images(**source))
+        train.check_fit(configured("train"), as_specs(tiny_encoder), images(**source))
     with pytest.raises(ValueError, match=message):
         train_mae.check_fit(configured("train_mae"), images(**source))
 
@@ -531,12 +583,16 @@ def test_an_encoder_that_does_not_fit_is_refused(configured):
     from drift_accel.models import MaskedAutoencoder
 
     other_channels = MaskedAutoencoder(width=4, blocks=(1, 1, 1, 1), in_channels=3, input_size=8)
-    with pytest.raises(ValueError, match=r"encoder.path runs/.* takes 3 channels but the generator makes 1"):
-        train.check_fit(configured("train"), other_channels, images())
-    # Only the configuration is read: a patch that does not divide 8 needs no network.
-    other_patch = SimpleNamespace(config=SimpleNamespace(in_channels=1, input_patch_size=3))
-    with pytest.raises(ValueError, match=r"encoder.path runs/.* patchifies by 3, which does not divide the generator's 8"):
-        train.check_fit(configured("train"), other_patch, images())
+    with pytest.raises(ValueError, match="encoder takes 3 channels but the generator makes 1"):
+        train.check_fit(configured("train"), as_specs(other_channels), images())
+    # Only what it says of itself is read: a patch that does not divide 8 needs no network.
+    other_patch = SimpleNamespace(in_channels=1, input_patch_size=3, input_space="latent", feature_maps=None)
+    with pytest.raises(ValueError, match=r"encoder patchifies by 3, which does not divide the generator's \(8, 8\)"):
+        train.check_fit(configured("train"), as_specs(other_patch), images())
+    with pytest.raises(ValueError, match="names layer9, but the encoder has conv1"):
+        train.check_fit(
+            configured("train"), as_specs(MaskedAutoencoder(width=4, in_channels=1), FeatureConfig(maps=("layer9",))), images()
+        )
 
 
 def test_a_run_whose_encoder_is_missing_stops_before_its_folder_exists(bases, tmp_path):

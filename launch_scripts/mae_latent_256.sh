@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The latent encoder of width 256: 30,000 steps of 8,192 images.
+# The same command goes on after an interruption.
+#   bash launch_scripts/mae_latent_256.sh [--key value ...]   more options go to the trainer, for example --compile blocks
+#   NUM_MACHINES=4 MACHINE_RANK=0 MAIN_ADDRESS=node0 bash launch_scripts/mae_latent_256.sh   on each machine, with its own rank
+# A classifier phase of its own, from a finished encoder into another folder:
+#   INIT_FROM=runs/mae_latent_256/exports/ema_0.9995 RUN=runs/mae_latent_256_cls bash launch_scripts/mae_latent_256.sh
+# You must set (here, or in the environment):
+export IMAGES=${IMAGES:-data/imagenet/train}  # a folder of class folders; each crop goes through the VAE while training
+export HELD_OUT=${HELD_OUT-data/imagenet/val}  # the same of held-out pictures (a cache where CACHE is set); empty: no validation
+export RUN=${RUN:-runs/mae_latent_256}  # the run's folder; the encoder appears in its exports
+# You may set:
+export CACHE=${CACHE:-}  # train on the random views of a cache instead: export_latents.py --crop random --views 8
+export NUM_GPUS=${NUM_GPUS:-}  # default: all of this machine; the step stays the same
+export IMAGES_AT_ONCE=${IMAGES_AT_ONCE:-256}  # images of a GPU that pass through the network at once; memory and speed alone
+export BATCH_SIZE=${BATCH_SIZE:-8192}  # images of a step on all GPUs, as published
+export NUM_MACHINES=${NUM_MACHINES:-1}  # several: also MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT, see multi_node.sh
+INIT_FROM=${INIT_FROM:-}  # a finished encoder: train a classifier phase from it
+CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-3000}  # its steps
+CLASSIFIER_LR=${CLASSIFIER_LR:-1.0e-3}  # its learning rate, after a warm-up of a tenth of them
+[ -z "$INIT_FROM" ] || set -- --init_from "$INIT_FROM" --steps "$CLASSIFIER_STEPS" --classifier.steps "$CLASSIFIER_STEPS" \
+  --optimizer.lr "$CLASSIFIER_LR" --optimizer.warmup_steps $((CLASSIFIER_STEPS / 10)) "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/mae_recipe.sh" train_configs/mae_latent_256.yaml "$@"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The pixel model L/16 (464 M parameters) on ImageNet 256x256: 100,000 steps of 128 labels.
+# The same command goes on after an interruption.
+#   bash launch_scripts/pixel_l16.sh [--key value ...]   more options go to the trainer, for example --compile blocks
+#   NUM_GPUS=1 bash launch_scripts/pixel_l16.sh   the same steps on one GPU, eight times as long
+#   python tools/estimate.py --config train_configs/pixel_l16.yaml --encoder pixel-640 --gpu h100 --num_gpus 8
+# You must set (here, or in the environment):
+export CACHE=${CACHE:-data/imagenet256_pixels}  # tools/export_latents.py wrote it (pixels)
+export ENCODER=${ENCODER:-runs/mae_pixel_640/exports/ema_0.9995}  # train_mae's export, or the release's folder, width 640
+export RUN=${RUN:-runs/pixel_l16}  # the run's folder
+# ConvNeXt-V2 base lies in weights/convnextv2-base, or where the recipe's more_encoders says.
+# You may set:
+export NUM_GPUS=${NUM_GPUS:-}  # default: all of this machine; the step stays the same
+export SHARDING=${SHARDING:-ddp}  # ddp, or fsdp2: weights and optimiser split over the GPUs
+export LABELS_PER_SLICE=${LABELS_PER_SLICE:-}  # default: the recipe's; fewer need less memory
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train_recipe.sh" train_configs/pixel_l16.yaml 640 "$@"
