@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from drift_accel.data import DataConfig, make_sampler, open_source
 from drift_accel.data.row_encoders import weights_hash
 from drift_accel.data.samplers import small_classes
-from drift_accel.data.sources import Source, describe_source, latent_scaling, require_same_space
+from drift_accel.data.sources import Source, describe_source, latent_scaling, require_same_space, source_identity
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig
 from drift_accel.drift.configuration import BackendError
 from drift_accel.drift.encoders import (
@@ -124,9 +124,10 @@ class GeneratorTrainingConfig(TrainingConfig):
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """Also pictures, what saves memory alone, and where the encoder lies: its weights are compared by their hash."""
+        """Also pictures, what saves memory alone, and where encoder and cache lie: their contents are compared by their hash."""
         keys = (*super().may_change, "sample", "gradient_checkpointing", "encoder.path", "statistics_memory_gb")
-        keys = (*keys, "decoder.batch", "decoder.checkpointing")
+        keys = (*keys, "decoder.batch", "decoder.checkpointing", "drift.keep_distances")
+        keys = (*keys, "data.path") if self.data.source == "cache" else keys
         return (*keys, "batch.labels_per_slice") if self.statistics in ("global", "lagged") else keys
 
     def check_launch(self, num_processes: int) -> None:
@@ -259,7 +260,7 @@ def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
         counts = {"positives": config.batch.positives, "negatives": config.batch.negatives}
         sampler = make_sampler(config.data, source, config.seed, **counts)
         repeated = small_classes(source, config.batch.positives)
-        identity = encoder_identity(config, specs)
+        identity = {**encoder_identity(config, specs), **source_identity(source)}
         if config.statistics in ("slice", "rank"):  # the loss depends on how many processes share the labels
             identity["num_processes"] = str(accelerator.num_processes)
         initial = find_initial_weights(config.init_from, Generator, config.generator.resolved(), output_dir)

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from drift_accel.data.online_images import EncoderDataConfig, OnlineImages, data_line, open_encoder_data
-from drift_accel.data.sources import Source, describe_source
+from drift_accel.data.sources import Source, describe_source, source_identity
 from drift_accel.data.subset import BalancedSubset
 from drift_accel.foundation.collectives import process_index, world_group
 from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
@@ -75,6 +75,7 @@ class MaeTrainingConfig(TrainingConfig):
     def may_change(self) -> tuple[str, ...]:
         """With a classifier phase, which is counted from the end, the number of steps is part of the mathematics."""
         keys = (*super().may_change, "accumulate", "validation")
+        keys = (*keys, "data.path") if self.data.source == "cache" else keys  # its content is compared by its hash
         return tuple(key for key in keys if key != "steps") if self.classifier.steps else keys
 
     def check_launch(self, num_processes: int) -> None:
@@ -192,7 +193,9 @@ def run_training(config: MaeTrainingConfig, output_dir: Path) -> None:
         check_fit(config, source)
         held_out = open_held_out(config, source)
         initial = find_initial_weights(config.init_from, MaskedAutoencoder, config.mae.resolved(), output_dir)
-        identity = {} if initial is None else {"init_from_sha256": initial.sha256}
+        identity = source_identity(source)
+        if initial is not None:
+            identity["init_from_sha256"] = initial.sha256
         if isinstance(source, OnlineImages) and source.encoder.digest is not None:
             identity["vae_sha256"] = source.encoder.digest
         run = open_run(output_dir, config, accelerator, identity)

@@ -127,6 +127,20 @@ def test_encoder_and_generator_train_on_the_cache_and_refuse_another_space(cache
         train.main([*arguments, "--steps", "2", "--output_dir", str(tmp_path / "other")])
 
 
+def test_a_run_follows_its_cache_to_another_place_and_refuses_another_cache(pictures, cache, tmp_path):
+    sizes = ("--mae.preset", "null", "--mae.in_channels", "4", "--mae.input_size", "16", "--mae.num_classes", "10")
+
+    def continue_with(folder):
+        data = ("--data.source", "cache", "--data.path", str(folder))
+        train_mae.main([*TINY_MAE, *sizes, *data, "--output_dir", str(tmp_path / "mae")])
+
+    continue_with(cache)
+    continue_with(shutil.copytree(cache, tmp_path / "moved"))
+    assert export(pictures, tmp_path / "other", "--sampling", "mean", "--chunk_size", 16, "--batch_size", 8, "--seed", 1) == 0
+    with pytest.raises(SystemExit, match="started with other inputs(.|\n)*cache_sha256"):
+        continue_with(tmp_path / "other")
+
+
 def train_on_pixels(cache, run):
     """A few steps of both trainers on 16x16 pixels; the tensors of their last checkpoints."""
     data = ("--data.source", "cache", "--data.path", str(cache), "--data.flip", "true")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from drift_accel.data.cache_format import MANIFEST_NAME
 from drift_accel.data.digits import SPLITS, load_digits
 from drift_accel.data.labelled_images import LabelledImages
 from drift_accel.data.latent_cache import LatentCache
@@ -12,6 +13,7 @@ from drift_accel.data.queue import QueueConfig, SampleQueue
 from drift_accel.data.samplers import DirectSampler, draw_flips
 from drift_accel.data.subset import BalancedSubset
 from drift_accel.foundation.random_streams import random_stream
+from drift_accel.foundation.storage import sha256_file
 
 SOURCES = ("digits", "cache")
 Source = LabelledImages | LatentCache | BalancedSubset
@@ -92,6 +94,12 @@ def describe_source(source: Source) -> dict[str, Any]:
         space = {"kind": header.kind, "scale": header.scale, "shift": header.shift, "vae": header.vae}
     classes = [{"index": i, "id": key, "name": name} for i, (key, name) in enumerate(zip(ids, source.class_names, strict=True))]
     return {**space, "image_shape": list(source.image_shape), "classes": classes}
+
+
+def source_identity(source: Source) -> dict[str, str]:
+    """The hash of a cache's content by name: its manifest holds the hashes of header and shards. Nothing for other sources."""
+    whole = source.source if isinstance(source, BalancedSubset) else source
+    return {"cache_sha256": sha256_file(whole.path / MANIFEST_NAME)} if isinstance(whole, LatentCache) else {}
 
 
 def latent_scaling(source: Source) -> tuple[Any, Any] | None:
