@@ -4,6 +4,7 @@ The same command resumes an interrupted run. `--dry_run` checks and prints the c
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -199,7 +200,12 @@ def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Source, 
             images = generate(model, labels, guidance_scale=config.sample.guidance_scale, seed=config.seed)
         images = images if vae is None else decode_latents(vae, images.float())
         grid = class_grid_array(images, labels, class_names=source.class_names, columns=config.sample.columns)
-        save_grid(grid, run.sample_path(step))
+        try:
+            save_grid(grid, run.sample_path(step))
+        except OSError as error:
+            if config.checkpoint.on_error != "continue":
+                raise
+            print(f"warning: the samples of step {step} could not be written: {error}", file=sys.stderr)
         telemetry.add_image("samples", grid, step)
 
     return Hooks(on_sample=sample)

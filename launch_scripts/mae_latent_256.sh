@@ -5,6 +5,7 @@
 #   NUM_MACHINES=4 MACHINE_RANK=0 MAIN_ADDRESS=node0 bash launch_scripts/mae_latent_256.sh   on each machine, with its own rank
 # A classifier phase of its own, from a finished encoder into another folder:
 #   INIT_FROM=runs/mae_latent_256/exports/ema_0.9995 RUN=runs/mae_latent_256_cls bash launch_scripts/mae_latent_256.sh
+set -euo pipefail
 # You must set (here, or in the environment):
 export IMAGES=${IMAGES:-data/imagenet/train}  # a folder of class folders; each crop goes through the VAE while training
 export HELD_OUT=${HELD_OUT-data/imagenet/val}  # the same of held-out pictures (a cache where CACHE is set); empty: no validation

@@ -39,6 +39,8 @@ echo "mae_recipe: $batch images a step on $total GPU(s), $here each in $parts pa
 if [ "$machines" -gt 1 ]; then
   exec env PROCESSES_PER_MACHINE="$gpus" bash launch_scripts/multi_node.sh train_mae "${options[@]}"
 fi
+# One process needs no launcher, which would keep SIGTERM to itself.
+[ "$gpus" -gt 1 ] || exec "$python" -m drift_accel.train_mae "${options[@]}" --num_processes "$total"
 launch=("$python" -m accelerate.commands.launch --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
-[ "$gpus" -eq 1 ] || launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}")
+launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}")
 exec "${launch[@]}" -m drift_accel.train_mae "${options[@]}" --num_processes "$total"

@@ -26,7 +26,8 @@ command -v "$accelerate" >/dev/null || accelerate=accelerate
 total=$((NUM_MACHINES * PROCESSES_PER_MACHINE))
 # c10d: the machines meet at MAIN_ADDRESS and agree on their ranks; --num_processes after the module makes the trainer check that
 # all of them came.
+case " ${LAUNCH_OPTIONS:-} " in *" --use_fsdp "*) kind=() ;; *) kind=(--multi_gpu) ;; esac # accelerate takes one of the two
 # shellcheck disable=SC2086
-exec "$accelerate" launch --multi_gpu --num_machines "$NUM_MACHINES" --num_processes "$total" --machine_rank "$MACHINE_RANK" \
+exec "$accelerate" launch ${kind[@]+"${kind[@]}"} --num_machines "$NUM_MACHINES" --num_processes "$total" --machine_rank "$MACHINE_RANK" \
   --main_process_ip "$MAIN_ADDRESS" --main_process_port "$MAIN_PORT" --rdzv_backend c10d \
   --mixed_precision no --dynamo_backend no ${LAUNCH_OPTIONS:-} -m "drift_accel.$module" "$@" --num_processes "$total"

@@ -4,6 +4,7 @@
 #   bash launch_scripts/pixel_b16.sh [--key value ...]   more options go to the trainer, for example --compile blocks
 #   NUM_GPUS=1 bash launch_scripts/pixel_b16.sh   the same steps on one GPU, eight times as long
 #   python tools/estimate.py --config train_configs/pixel_b16.yaml --encoder pixel-640 --gpu h100 --num_gpus 8
+set -euo pipefail
 # You must set (here, or in the environment):
 export CACHE=${CACHE:-data/imagenet256_pixels}  # tools/export_latents.py wrote it (pixels)
 export ENCODER=${ENCODER:-runs/mae_pixel_640/exports/ema_0.9995}  # train_mae's export, or the release's folder, width 640

@@ -32,7 +32,8 @@ if [ "${1:-}" = node ]; then # what srun starts on each node
   shift
   export MACHINE_RANK=$SLURM_NODEID NUM_MACHINES=$SLURM_NNODES
   [ -z "${SLURM_GPUS_ON_NODE:-}" ] || export PROCESSES_PER_MACHINE=${PROCESSES_PER_MACHINE:-$SLURM_GPUS_ON_NODE}
-  bash launch_scripts/multi_node.sh "$@" &
+  # Ignored signals are inherited: the launcher and trainers that are still starting survive one; running trainers catch it.
+  (trap '' USR1; exec bash launch_scripts/multi_node.sh "$@") &
   launcher=$!
   # The launcher knows nothing of SIGUSR1; its children are the trainers, who do.
   trap 'pkill -USR1 -P "$launcher" || true' USR1
@@ -52,14 +53,19 @@ MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MAIN_PORT=${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # two jobs on one node must not meet
 export MAIN_ADDRESS MAIN_PORT
 
+# srun does not take over sbatch's --cpus-per-task since SLURM 22.05.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+endings() { grep '^- closed ' "$run/RUN.md" 2>/dev/null || true; }
+before=$(endings | wc -l)
 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 bash launch_scripts/slurm.sh node "$@" &
 tasks=$!
 trap 'echo "slurm: the time is nearly over, asking the run to stop"; kill -USR1 "$tasks" 2>/dev/null || true' USR1
 code=0
 wait_for "$tasks" || code=$?
 # The launcher does not hand the trainer's exit code on; its diary does.
-ending=$(grep '^- closed ' "$run/RUN.md" 2>/dev/null | tail -n 1 || true)
-if [ "$code" -ne 0 ] && [[ $ending == *'stopped on request'* ]]; then
+ending=$(endings | tail -n 1)
+# A job that died without a word must not be taken for the one before it that stopped as asked.
+if [ "$code" -ne 0 ] && [ "$(endings | wc -l)" -gt "$before" ] && [[ $ending == *'stopped on request'* ]]; then
   echo "slurm: the run has stopped with a checkpoint and goes on in a new job"
   scontrol requeue "$SLURM_JOB_ID"
   exit 0

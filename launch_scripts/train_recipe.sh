@@ -27,4 +27,6 @@ options=(--config "$recipe" --data.path "$CACHE" --encoder.path "$ENCODER" --out
 options+=("$@")
 
 [ -n "${SKIP_PREFLIGHT:-}" ] || "${launch[@]}" tools/preflight.py --encoder_width "$width" "${options[@]}"
+# One process needs no launcher, which would keep SIGTERM to itself.
+[ "$gpus" -gt 1 ] || [ "${SHARDING:-ddp}" != ddp ] || exec "$python" -m drift_accel.train "${options[@]}"
 exec "${launch[@]}" -m drift_accel.train "${options[@]}"

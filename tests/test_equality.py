@@ -15,7 +15,7 @@ from drift_accel import train, train_mae
 from drift_accel.data.cache_format import CacheClass
 
 FIRST, LAST = 5, 15
-TIMING = ("steps_per_second", "samples_per_second", "data_wait_share")
+TIMING = ("steps_per_second", "samples_per_second", "data_wait_share", "memory_gb")
 SLICED = ("--batch.labels_per_slice", "1")  # of the two labels of each of two processes
 # The second forward pass of pass 1 and the norms from kept products, or a third pass in their place.
 KEPT, NOT_KEPT = ("--statistics_memory_gb", "1"), ("--statistics_memory_gb", "0")

@@ -109,9 +109,10 @@ def test_diversity_is_the_deviation_within_a_class():
     real = classes + 2 * torch.randn(3, 50, 7, generator=random)
     generated = classes + torch.randn(3, 40, 7, generator=random)
     numbers = monitoring.class_diversity({"mean": DriftProblems(generated, real)}, num_labels=3)
-    by_hand = math.sqrt(sum(((g - g.mean(0)) ** 2).sum().item() / 39 for g in generated) / 3)
-    assert numbers["diversity_generated/mean"].item() == pytest.approx(by_hand, rel=1e-5)
-    assert numbers["diversity_ratio/mean"].item() == pytest.approx(0.5, rel=0.1)
+    own, others = ([math.sqrt(((m - m.mean(0)) ** 2).sum().item() / (len(m) - 1)) for m in each] for each in (generated, real))
+    assert numbers["diversity_generated/mean"].item() == pytest.approx(sum(own) / 3, rel=1e-5)
+    ratio = sum(a / b for a, b in zip(own, others, strict=True)) / 3
+    assert numbers["diversity_ratio/mean"].item() == pytest.approx(ratio, rel=1e-5) == pytest.approx(0.5, rel=0.1)
     assert monitoring.class_diversity({"map": DriftProblems(generated, real)}, num_labels=1) == {}, "three locations of a label"
     assert monitoring.class_diversity({"one": DriftProblems(generated[:, :1], real)}, num_labels=3) == {}
 

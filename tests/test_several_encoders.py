@@ -55,9 +55,10 @@ def test_losses_of_all_encoders_add_up_with_their_weights(networks):
     assert not {key for key in keys if key.startswith("convnext/norm_x")}
     for key in keys:
         part, name = key.split("/", 1) if "/" in key else ("mae", key)
-        alone, weight = (second, 0.5) if part == "convnext" else (first, 1.0)
-        torch.testing.assert_close(together[f"key_loss/{key}"], weight * alone[f"key_loss/{name}"], rtol=1e-4, atol=0)
-    torch.testing.assert_close(together["loss"], sum(together[f"key_loss/{key}"] for key in keys))
+        alone = second if part == "convnext" else first
+        torch.testing.assert_close(together[f"key_loss/{key}"], alone[f"key_loss/{name}"], rtol=1e-4, atol=0)
+    weights = {key: 0.5 if key.startswith("convnext/") else 1.0 for key in keys}
+    torch.testing.assert_close(together["loss"], sum(weights[key] * together[f"key_loss/{key}"] for key in keys))
 
 
 def test_gradients_reach_the_generator_alone(networks):

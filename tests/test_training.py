@@ -109,6 +109,17 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(encoder, tmp_path):
     assert "ended without closing" in (killed / "RUN.md").read_text()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(encoder, tmp_path):
+    run = tmp_path / "run"
+    run_generator(encoder, run, "--steps", "2")
+    records = (run / "metrics.jsonl").read_bytes()
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="all checkpoints in .* are damaged"):
+        run_generator(encoder, run, "--steps", "3")
+    assert (run / "metrics.jsonl").read_bytes() == records
+
+
 def test_a_damaged_checkpoint_is_named_and_skipped(encoder, tmp_path, capsys):
     run = tmp_path / "run"
     run_generator(encoder, run, "--steps", "4", "--checkpoint.every", "2")

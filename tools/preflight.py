@@ -18,6 +18,7 @@ from drift_accel.drift.loss import require_backend
 from drift_accel.drift.ops import load_extension, wanted_backend
 from drift_accel.foundation.command_line import parse_command
 from drift_accel.foundation.devices import find_device
+from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.foundation.storage import require_free_space
 from drift_accel.training.rendezvous import meet
 
@@ -106,8 +107,12 @@ def check_disk(config, command, output_dir: Path) -> list[str]:
     else:
         kept = 0
     kept += config.steps // config.checkpoint.every if config.checkpoint.keep_last is None else config.checkpoint.keep_last
-    needed = 4 * parameters * (tensors * (kept + 1) + len(config.ema.decays)) + RECORD_BYTES * (parameters > 10_000_000)
-    print(f"{'disk':<16}{needed / 1e9:.1f} GB for {kept + 1} checkpoints of {4 * parameters * tensors / 1e9:.2f} GB and records")
+    there = len(RunFolder(output_dir).checkpoint_steps())  # of a run that goes on, which take no more space
+    missing = max(1, kept + 1 - there)
+    needed = 4 * parameters * (tensors * missing + len(config.ema.decays)) + RECORD_BYTES * (parameters > 10_000_000)
+    print(
+        f"{'disk':<16}{needed / 1e9:.1f} GB for {missing} more checkpoints of {4 * parameters * tensors / 1e9:.2f} GB and records"
+    )
     try:
         require_free_space(output_dir, int(needed), "the run")
     except OSError as error:

@@ -75,17 +75,36 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         step = snapshot.step
+        every = self._config.export_every
+        failed_export = None
         try:
-            every = self._config.export_every
+            # The export first: where a checkpoint is complete, what was due before it is there too.
             if every is not None and step > 0 and step % every == 0:
                 self._export(snapshot)
+        except Exception as error:
+            failed_export = error  # the checkpoint matters more, and may still fit
+        try:
             folder = write_snapshot(self._run, snapshot)
             self._finished = [*self._finished, (step, folder)]
-            kept = self._retention.kept(self._run.checkpoint_steps())
-            self._run.prune_checkpoints(self._config.keep_last, kept)
         except Exception as error:
             self.failure = self._explained(step, error)
             self.failure.__cause__ = error
+            return
+        self._prune()
+        if failed_export is not None:
+            self.failure = CheckpointError(
+                f"the export of step {step} could not be written ({type(failed_export).__name__}: {failed_export}); its "
+                f"checkpoint is complete. Make room in {self._run.path}, or set checkpoint.export_every to null"
+            )
+            self.failure.__cause__ = failed_export
+
+    def _prune(self) -> None:
+        """Old checkpoints that cannot be removed cost space, not the run."""
+        try:
+            kept = self._retention.kept(self._run.checkpoint_steps())
+            self._run.prune_checkpoints(self._config.keep_last, kept)
+        except OSError as error:
+            self._log(f"an old checkpoint could not be removed: {error}")
 
     def _explained(self, step: int, error: Exception) -> CheckpointError:
         whole = [found for found in self._run.checkpoint_steps() if found != step]

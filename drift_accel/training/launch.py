@@ -178,9 +178,11 @@ def closing_notes(
             raise
         finally:
             if accelerator.is_main_process:
-                with report_only(OSError):  # a full disk must not hide what went wrong before
-                    run.finish_notes(f"{outcome}{last_values(run)}")
-                run.unlock()
+                try:
+                    with report_only(OSError, ValueError):  # neither a full disk nor a diary that was closed hides the ending
+                        run.finish_notes(f"{outcome}{last_values(run)}")
+                finally:
+                    run.unlock()
         if stopped:
             accelerator.wait_for_everyone()  # a launcher kills the others once the first process has ended with a code
             accelerator.end_training()

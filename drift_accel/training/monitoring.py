@@ -66,7 +66,9 @@ def step_norms(optimizer: torch.optim.Optimizer, rate: float, non_finite: Tensor
             # rate decay)
             shrink = rate * settings["weight_decay"]
             updates.append(_squared((rate * direction + shrink * parameter) / (1 - shrink)))
-    return {"weight_norm": _root(weights, non_finite), "update_norm": _root(updates, non_finite) * (1 - non_finite)}
+    # In a first step that is not counted the moments' own step is 0, and the quotients above are no numbers.
+    update_norm = torch.where(non_finite > 0, torch.zeros_like(non_finite), _root(updates, non_finite))
+    return {"weight_norm": _root(weights, non_finite), "update_norm": update_norm}
 
 
 def _squared(tensor: Tensor) -> Tensor:

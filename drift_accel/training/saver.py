@@ -55,6 +55,8 @@ class Saver:
             return
         if self._writer is not None:
             self._writer.wait()
+            if self._config.checkpoint.on_error == "continue":
+                self.failure_code()  # told here, or it would be held against the next one
             self.poll(False)  # what the hook finds out about the checkpoint before decides whether it stays
         self.retention.add_checkpoint(state.step)
         snapshot = take_snapshot(

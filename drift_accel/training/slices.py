@@ -122,7 +122,9 @@ class StepStatistics:
                     f"the checkpoint's statistics of key {key!r} have {list(row.shape)} numbers, wanted {wanted} (scale, mean "
                     "square, one a temperature): restore drift.temperatures"
                 )
-        self._previous = self._unpack(list(rows), torch.stack(list(rows.values())).to(device))
+        packed = torch.stack(list(rows.values())).to(device)
+        if torch.isfinite(packed).all():  # those of a skipped first step are taken anew
+            self._previous = self._unpack(list(rows), packed)
 
     def _over_all_slices(self, slices: Sequence[DriftBatch], extract: Extract) -> dict[str, DriftStatistics]:
         """s and n_tau of every key over all slices and processes (steps 2 and 6): pass 1, and pass 2 where nothing was kept."""

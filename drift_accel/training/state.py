@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -100,9 +101,20 @@ def start_state(
 def resume(state: TrainingState, run: RunFolder, log: Callable[[str], None]) -> None:
     """Go to the newest complete checkpoint of the run, if there is one; damaged ones are named and skipped.
 
-    The main process chooses it. Raises ValueError on every process where one of them does not see the same files.
+    The main process chooses it. Raises ValueError on every process where one of them does not see the same files, or where
+    there are checkpoints and all are damaged: a run of weeks must not begin anew without a word.
     """
-    found = run_on_main(lambda: run.latest_complete_checkpoint(on_damaged=log), state.group)
+
+    def newest() -> tuple[int, Path] | None:
+        found = run.latest_complete_checkpoint(on_damaged=log)
+        if found is None and run.checkpoint_steps():
+            raise ValueError(
+                f"all checkpoints in {run.checkpoints_dir} are damaged (named above): restore one, or remove that folder to "
+                "start again from the first step"
+            )
+        return found
+
+    found = run_on_main(newest, state.group)
     if found is None:
         return
     state.step, folder = found

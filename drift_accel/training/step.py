@@ -164,8 +164,8 @@ def step_loss(
         results = drift_losses(problems, config=drift, statistics=statistics, group=group, diagnostics=diagnostics)
         num_labels = batch.labels.shape[0]
         weights = {key: 1.0 if specs is None else key_weight(specs, key) for key in results}
-        key_losses = {key: weights[key] * key_loss(result, problems[key], num_labels, drift) for key, result in results.items()}
-        loss = torch.stack(list(key_losses.values())).sum()
+        key_losses = {key: key_loss(result, problems[key], num_labels, drift) for key, result in results.items()}
+        loss = torch.stack([weights[key] * value for key, value in key_losses.items()]).sum()
         return StepResult(loss, step_metrics(loss, key_losses, results), {key: r.statistics for key, r in results.items()})
 
 

@@ -4,7 +4,8 @@ import importlib.util
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,30 +110,47 @@ class Telemetry:
             record = self._unwritten[0]
             self._run.append_metrics(record)
             self._unwritten.pop(0)
-            for tag, value in record.items():
-                if tag != "step":
-                    self._writer.add_scalar(tag, value, record["step"])
-            self._writer.flush()
+            with self._shown(record["step"]) as writer:
+                for tag, value in record.items():
+                    if tag != "step":
+                        writer.add_scalar(tag, value, record["step"])
+                writer.flush()
+
+    @contextmanager
+    def _shown(self, step: int) -> Iterator[SummaryWriter]:
+        """The event writer; where it fails on a lenient run, a fresh one for the next time: a failed one stays failed."""
+        try:
+            yield self._writer
+        except OSError as error:
+            if not self._lenient:
+                raise
+            print(f"warning: TensorBoard misses something of step {step}: {error}", file=sys.stderr)
+            with suppress(OSError):
+                self._writer = SummaryWriter(str(self._run.tensorboard_dir))
 
     def _say_alarms(self, record: dict[str, float]) -> None:
         for alarm in self._watch.check(record) if self._watch is not None else ():
             self._log(str(alarm))
-            self._writer.add_text("alarms", str(alarm), alarm.step)
+            with self._shown(alarm.step) as writer:
+                writer.add_text("alarms", str(alarm), alarm.step)
 
     def add_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Show how host tensors {tag: values} are distributed."""
         for tag, numbers in values.items() if self._writer is not None else ():
-            self._writer.add_histogram(tag, numbers, step)
+            with self._shown(step) as writer:
+                writer.add_histogram(tag, numbers, step)
 
     def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Show a uint8 picture [H,W,3] in TensorBoard."""
         if self._writer is not None:
-            self._writer.add_image(tag, image, step, dataformats="HWC")
+            with self._shown(step) as writer:
+                writer.add_image(tag, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with self._shown(self._last_step) as writer:
+                writer.close()
 
 
 def summarise(values: Mapping[str, float]) -> dict[str, float]:
