@@ -113,15 +113,18 @@ def test_a_job_without_a_run_or_outside_of_the_project_is_refused(cluster, tmp_p
     assert result.returncode == 2 and "submit from the project's folder" in result.stderr
 
 
-@pytest.mark.parametrize(("outcome", "requeued"), [("stopped on request (SIGUSR1)", True), ("stopped by ValueError: no", False)])
+@pytest.mark.parametrize(
+    ("outcome", "requeued"),
+    [("stopped on request (SIGUSR1)", True), ("stopped by ValueError: no", False), (None, False)],
+    ids=["asked to stop", "failed", "killed without a word"],
+)
 def test_only_a_run_that_was_asked_to_stop_is_queued_again(cluster, tmp_path, outcome, requeued):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "RUN.md").write_text(
-        f"# run\n\n- opened 1\n- closed 1: stopped on request (SIGTERM)\n- opened 2\n- closed 2: {outcome}\n"
-    )
+    (run / "RUN.md").write_text("# run\n\n- opened 1\n- closed 1: stopped on request (SIGTERM)\n- opened 2\n")
     srun = tmp_path / "bin/srun"
-    srun.write_text("#!/usr/bin/env bash\nexit 1\n")
+    closing = "" if outcome is None else f"echo '- closed 2: {outcome}' >> '{run}/RUN.md'\n"
+    srun.write_text(f"#!/usr/bin/env bash\n{closing}exit 1\n")
     result = submit({**cluster, "JOB_ID": "1"}, "train", "--output_dir", str(run))
     assert (tmp_path / "spool/requeued").exists() == requeued
     assert result.returncode == (0 if requeued else 1), result.stderr

@@ -247,7 +247,7 @@ def measure_limits(device, dtype) -> dict[str, float]:
     side = 8192 if on_gpu else 1536
     product_type = dtype if on_gpu else torch.float32  # processors multiply half types more slowly than float32
     a, b = (torch.randn(side, side, device=device, dtype=product_type) for _ in range(2))
-    values = torch.rand(2**24 if on_gpu else 2**18, device=device)
+    values = torch.rand(2**24 if on_gpu else 2**22, device=device)
     result = torch.empty_like(values)
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
