@@ -23,8 +23,8 @@ from tiny_runs import run_tool
 from drift_accel.data.cache_checks import QUICK_ROWS, model_requirements, verify_cache
 from drift_accel.data.cache_writing import dataset_schema, record_batch, write_cache
 from drift_accel.data.latent_cache import LatentCache
-from drift_accel.data.row_encoders import vae_scaling, weights_hash
-from drift_accel.models.autoencoder import load_vae
+from drift_accel.data.row_encoders import weights_hash
+from drift_accel.models.autoencoder import load_vae, vae_scaling
 from drift_accel.models.bundled import bundled_vae_path
 
 SHARDS = [f"data-{shard:05d}-of-00003.arrow" for shard in range(3)]

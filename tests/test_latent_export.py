@@ -31,10 +31,11 @@ from drift_accel.data.crops import ImageCrop
 from drift_accel.data.image_sources import ImageFolder, ImageSource
 from drift_accel.data.latent_cache import LatentCache
 from drift_accel.data.latent_export import ExportConfig, Workers, export_cache
-from drift_accel.data.row_encoders import PixelEncoder, VaeEncoder, vae_scaling, weights_hash
+from drift_accel.data.row_encoders import PixelEncoder, VaeEncoder, weights_hash
 from drift_accel.foundation.locks import exclusive_lock
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import sha256_file
+from drift_accel.models.autoencoder import vae_scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 5

@@ -13,9 +13,8 @@ from drift_accel.data.crops import random_resized_crop
 from drift_accel.data.digit_images import coloured_digit
 from drift_accel.data.digits import load_digits
 from drift_accel.data.online_images import CropEncoder, OnlineImages, OnlineImagesConfig
-from drift_accel.data.row_encoders import vae_scaling
 from drift_accel.foundation.random_streams import random_stream
-from drift_accel.models.autoencoder import load_vae
+from drift_accel.models.autoencoder import load_vae, vae_scaling
 from drift_accel.training.mae_task import ClassifierConfig
 from drift_accel.training.online_mae_task import OnlineMaeTask
 

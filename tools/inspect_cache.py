@@ -18,11 +18,11 @@ from drift_accel.data.cache_format import LATENTS
 from drift_accel.data.crops import ImageCrop
 from drift_accel.data.image_sources import open_image_source
 from drift_accel.data.latent_cache import LatentCache
-from drift_accel.data.row_encoders import vae_scaling
 from drift_accel.foundation.devices import add_device_argument, find_device
 from drift_accel.foundation.provenance import collect_provenance
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import atomic_write_bytes, atomic_write_json
+from drift_accel.models.autoencoder import vae_scaling
 from drift_accel.sampling import decode_latents, save_class_grid
 
 

@@ -37,8 +37,8 @@ def main() -> None:
 
 def describe_vae(name: str, revision: str | None) -> dict:
     """Scale, shift and weights of a VAE, to compare with the header."""
-    from drift_accel.data.row_encoders import vae_scaling, weights_hash
-    from drift_accel.models.autoencoder import load_vae
+    from drift_accel.data.row_encoders import weights_hash
+    from drift_accel.models.autoencoder import load_vae, vae_scaling
 
     vae = load_vae(name, revision=revision)
     scale, shift = vae_scaling(vae.config)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from drift_accel.data.crops import adm_centre_crop, random_resized_crop, to_rgb
 from drift_accel.data.image_sources import ImageSource, open_image_source
-from drift_accel.data.row_encoders import vae_scaling, weights_hash
+from drift_accel.data.row_encoders import weights_hash
 from drift_accel.data.sources import SOURCES, DataConfig, Source, open_source
 from drift_accel.foundation.random_streams import normal_draws, random_stream
+from drift_accel.models.autoencoder import vae_scaling
 
 ENCODING_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DECODING_THREADS = 16

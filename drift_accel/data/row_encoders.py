@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from drift_accel.data.cache_format import LATENTS, PIXEL_ENCODINGS, PIXELS, SAMPLINGS, Scale
+from drift_accel.data.cache_format import LATENTS, PIXEL_ENCODINGS, PIXELS, SAMPLINGS
 from drift_accel.foundation.random_streams import random_stream
+from drift_accel.models.autoencoder import vae_scaling
 
 POSTERIOR_STREAM = "export/posterior"  # part of the meaning of a seed: renaming it changes every drawn latent
 VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -173,15 +174,6 @@ class PixelEncoder:
             # Full colour resolution: the default halves it, which a generator of pixels would learn.
             image.save(content, format="JPEG", quality=self.jpeg_quality, subsampling=0)
         return content.getvalue()
-
-
-def vae_scaling(config: Any) -> tuple[Scale, Scale]:
-    """(scale, shift) of a diffusers VAE configuration: model space = (latent - shift) * scale; one a channel where it says so."""
-    factor = getattr(config, "scaling_factor", None) or 1.0
-    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and deviation is not None:
-        return tuple(factor / value for value in deviation), tuple(map(float, mean))
-    return float(factor), float(getattr(config, "shift_factor", None) or 0.0)
 
 
 def weights_hash(module: nn.Module) -> str:

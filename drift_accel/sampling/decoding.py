@@ -1,11 +1,9 @@
 """Latents of the model space back to images, by the VAE's own scale and shift, or by those that the latents were made with."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-Scale = float | Sequence[float]
+from drift_accel.models.autoencoder import Scale, vae_scaling
 
 
 def decode_latents(
@@ -19,8 +17,7 @@ def decode_latents(
     """Return the images [N, 3, H, W] of latents [N, C, h, w], float32, nominally in [-1, 1].
 
     `vae` is a diffusers autoencoder on the latents' device. Its configuration, which was applied to make model space, is
-    undone: latents / scaling_factor + shift_factor, or * latents_std / scaling_factor + latents_mean where it has these
-    per channel; `scaling` (scale, shift), numbers or one a channel, replaces it: latents / scale + shift.
+    undone (`vae_scaling`): latents / scale + shift; `scaling` (scale, shift), numbers or one a channel, replaces it.
     Image i runs at row (first_index + i) % chunk of a padded batch of `chunk` rows, so that it does not depend on the others
     or on how the indices are cut into calls. Raises ValueError for another number of channels than the VAE has, a chunk below
     1 and a negative index.
@@ -52,10 +49,5 @@ def _undo_scaling(config, latents: Tensor, scaling: tuple[Scale, Scale] | None) 
     def per_channel(values: Scale) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=latents.device).reshape(1, -1, 1, 1)
 
-    if scaling is not None:
-        return latents / per_channel(scaling[0]) + per_channel(scaling[1])
-    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    scale = getattr(config, "scaling_factor", None) or 1.0
-    if mean is not None and deviation is not None:
-        return latents * per_channel(deviation) / scale + per_channel(mean)
-    return latents / scale + (getattr(config, "shift_factor", None) or 0.0)
+    scale, shift = vae_scaling(config) if scaling is None else scaling
+    return latents / per_channel(scale) + per_channel(shift)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from drift_accel.data.cache_format import same_scale
-from drift_accel.data.row_encoders import VAE_DTYPES, vae_scaling, weights_hash
-from drift_accel.models.autoencoder import load_vae
+from drift_accel.data.row_encoders import VAE_DTYPES, weights_hash
+from drift_accel.models.autoencoder import Scale, load_vae, vae_scaling
 from drift_accel.models.bundled import BUNDLED_VAES
-from drift_accel.sampling.decoding import Scale, decode_latents
+from drift_accel.sampling.decoding import decode_latents
 from drift_accel.sampling.trained import TrainedGenerator, align_memory
 
 
