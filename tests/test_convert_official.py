@@ -96,7 +96,11 @@ def test_a_hub_id_is_downloaded(converted, monkeypatch, tmp_path):
     root = converted["mae"][0].parent
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(name=name, **more) or str(root))
     assert run_tool("convert_official", "some/release", tmp_path / "out", "--subfolder", "mae", "--revision", "abc") == 0
-    assert asked == {"name": "some/release", "revision": "abc", "allow_patterns": ["mae/metadata.json", "mae/**.msgpack"]}
+    assert asked == {
+        "name": "some/release",
+        "revision": "abc",
+        "allow_patterns": ["mae/metadata.json", "mae/**.msgpack", "mae/pytorch_model.bin"],
+    }
     assert load_tool("convert_official").__doc__
 
 

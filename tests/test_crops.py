@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from drift_accel.data.crops import ImageCrop, adm_centre_crop, random_resized_crop, resized_centre_crop, to_rgb
+from drift_accel.data.crops import CROPS, ImageCrop, adm_centre_crop, random_resized_crop, resized_centre_crop, to_rgb
 from drift_accel.foundation.random_streams import random_stream
 
 SIZES = [(64, 64), (65, 40), (40, 97), (500, 333), (130, 128), (31, 200), (16, 16), (1000, 257)]
@@ -52,6 +52,30 @@ def test_resize_crop_is_torchvisions(size):
     expected = np.array(transforms.CenterCrop(33)(transforms.Resize(33)(image)))
     assert np.array_equal(resized_centre_crop(image, 33), expected)
     assert np.array_equal(ImageCrop(kind="resize", size=33)(image), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_lanczos_is_pillows_of_the_whole_picture_or_of_its_central_square(size):
+    image, side = picture(*size), min(size)
+    whole = np.array(image.resize((32, 32), Image.LANCZOS))
+    assert np.array_equal(ImageCrop(kind="lanczos", size=32)(image), whole)
+    square = functional.to_pil_image(np.array(image)[(size[1] - side) // 2 :, (size[0] - side) // 2 :][:side, :side])
+    central = ImageCrop(kind="lanczos_centre", size=32)(image)
+    assert np.array_equal(central, np.array(square.resize((32, 32), Image.LANCZOS)))
+    assert np.array_equal(central, whole) == (size[0] == size[1])
+
+
+def test_lanczos_is_the_antialiased_filter_of_three_lobes():
+    """A column of steps against the filter's definition in float64: sinc(x) sinc(x / 3), stretched by the factor."""
+    levels = np.array([20, 240, 20, 20, 130, 240, 90, 200, 20, 240, 60, 60, 180, 20, 240, 100])
+    image = Image.fromarray(np.repeat(levels[None, :, None], 16, axis=0).astype(np.uint8).repeat(3, axis=2))
+    expected = []
+    for place in range(4):
+        distance = (np.arange(16) + 0.5 - 4 * (place + 0.5)) / 4
+        weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+        expected.append(np.clip((weights * levels).sum() / weights.sum(), 0, 255))
+    result = ImageCrop(kind="lanczos", size=4)(image)
+    assert np.abs(result.astype(float) - np.array(expected)[None, :, None]).max() <= 1
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -159,7 +183,7 @@ def test_exif_orientation_is_ignored_as_in_the_field():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "middle"}, "crop is 'middle': choose one of adm, resize, random"),
+        ({"kind": "middle"}, "crop is 'middle': choose one of adm, resize, random, lanczos, lanczos_centre"),
         ({"size": 0}, "image size is 0"),
         ({"scale": (0.0, 1.0)}, "crop scale is 0.0 to 1.0"),
         ({"scale": (0.5, 0.2)}, "crop scale is 0.5 to 0.2"),
@@ -171,8 +195,9 @@ def test_wrong_settings_are_refused(settings, message):
         ImageCrop(**settings)
 
 
-@pytest.mark.parametrize("kind", ["adm", "resize", "random"])
+@pytest.mark.parametrize("kind", CROPS)
 def test_the_record_names_every_operation(kind):
     words = " | ".join(ImageCrop(kind=kind, size=48).operations())
     assert "EXIF" in words and "RGB" in words and "48x48" in words
     assert ("box filter" in words, "bilinear" in words, "flip" in words) == (kind == "adm", kind == "resize", kind == "random")
+    assert ("Lanczos" in words, "central square" in words) == (kind.startswith("lanczos"), kind == "lanczos_centre")

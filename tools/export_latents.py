@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--jpeg_quality", type=int, default=95, help="1 to 100 (default: 95)")
     add("--image_size", type=int, default=256, help="side of the crop in pixels (default: 256)")
     add("--crop", choices=CROPS, default="adm", help="adm: ADM's centre crop (default); resize: Resize and CenterCrop; "
-        "random: RandomResizedCrop and flip")  # fmt: skip
+        "random: RandomResizedCrop and flip; lanczos: the whole picture, squeezed; lanczos_centre: its middle")  # fmt: skip
     add("--crop_scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"), help="area of random crops")
     add("--views", type=int, default=1, help="random crops a picture, a row each (default: 1)")
     add("--seed", type=int, default=0, help="seed of row order, crops and posterior draws (default: 0)")

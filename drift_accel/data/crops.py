@@ -12,7 +12,7 @@ from PIL import Image
 
 from drift_accel.foundation.random_streams import random_stream
 
-CROPS = ("adm", "resize", "random")
+CROPS = ("adm", "resize", "random", "lanczos", "lanczos_centre")
 # torchvision's RandomResizedCrop: the range of width / height, and how often it tries before it takes a central crop.
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
@@ -27,7 +27,8 @@ class ImageCrop:
     """"adm": halve with a box filter while the short side is at least twice the size, then bicubic, then the centre (the crop
     of ADM, DiT and the published ImageNet numbers). "resize": short side to the size with an antialiased bilinear filter, then
     the centre (torchvision's Resize and CenterCrop). "random": a random part of the area at a random ratio, resized bicubically
-    (torchvision's RandomResizedCrop), then flipped with probability 0.5; another one for each view."""
+    (torchvision's RandomResizedCrop), then flipped with probability 0.5; another one for each view. "lanczos": the whole picture,
+    squeezed to the square with an antialiased Lanczos filter; "lanczos_centre": the same of the largest central square."""
     size: int = 256
     """Side of the result in pixels."""
     scale: tuple[float, float] = (0.2, 1.0)
@@ -59,6 +60,8 @@ class ImageCrop:
             return adm_centre_crop(image, self.size)
         if self.kind == "resize":
             return resized_centre_crop(image, self.size)
+        if self.kind in ("lanczos", "lanczos_centre"):
+            return lanczos_square(central_square(image) if self.kind == "lanczos_centre" else image, self.size)
         return random_resized_crop(image, self.size, random_stream(self.seed, CROP_STREAM, image_index, view), self.scale)
 
     def operations(self) -> list[str]:
@@ -74,6 +77,9 @@ class ImageCrop:
             ]
         if self.kind == "resize":
             return [first, f"antialiased bilinear resize of the short side to {self.size}", f"centre crop {size}"]
+        if self.kind in ("lanczos", "lanczos_centre"):
+            crop = ["crop of the largest central square"] if self.kind == "lanczos_centre" else []
+            return [first, *crop, f"antialiased Lanczos resize of both sides to {size}"]
         low, high = self.scale
         return [
             first,
@@ -117,6 +123,18 @@ def resized_centre_crop(image: Image.Image, size: int) -> np.ndarray:
     pixels = np.array(image.resize(target, resample=Image.Resampling.BILINEAR))
     top, left = (round((side - size) / 2) for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
+
+
+def central_square(image: Image.Image) -> Image.Image:
+    """The largest central square of a picture; of an odd margin, the smaller part is on the left or on top."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return image.crop((left, top, left + side, top + side))
+
+
+def lanczos_square(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture squeezed to uint8 [size, size, 3] with Pillow's Lanczos filter, whatever its ratio."""
+    return np.array(image.resize((size, size), resample=Image.Resampling.LANCZOS))
 
 
 def random_resized_crop(

@@ -83,11 +83,15 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """The processes that share an export: which one this is, of how many, and how it waits for all others."""
+    """The processes that share an export: which one this is, of how many, and how it waits for all others.
+
+    `together` calls work on every process and raises the error of one on all, instead of leaving the others waiting.
+    """
 
     index: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
     @property
     def is_main(self) -> bool:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .convnext import ConvNextV2Encoder, load_convnext
     from .dinov2 import Dinov2Encoder, load_dinov2
+    from .edm_checkpoint import load_edm_unet
+    from .edm_unet import EdmUNet, check_edm_config
     from .generator import GENERATOR_PRESETS, Generator, check_generator_config
     from .masked_autoencoder import MAE_PRESETS, MaeLoss, MaskedAutoencoder, check_mae_config, expand_mask
     from .official import load_official
@@ -17,6 +19,9 @@ _HOMES = {
     "load_convnext": "convnext",
     "Dinov2Encoder": "dinov2",
     "load_dinov2": "dinov2",
+    "load_edm_unet": "edm_checkpoint",
+    "EdmUNet": "edm_unet",
+    "check_edm_config": "edm_unet",
     "GENERATOR_PRESETS": "generator",
     "Generator": "generator",
     "check_generator_config": "generator",
@@ -36,16 +41,19 @@ __all__ = [
     "MAE_PRESETS",
     "ConvNextV2Encoder",
     "Dinov2Encoder",
+    "EdmUNet",
     "Generator",
     "MaeLoss",
     "MaskedAutoencoder",
     "PretrainedResNet",
     "VaeDecoder",
+    "check_edm_config",
     "check_generator_config",
     "check_mae_config",
     "expand_mask",
     "load_convnext",
     "load_dinov2",
+    "load_edm_unet",
     "load_official",
     "load_resnet",
 ]

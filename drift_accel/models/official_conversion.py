@@ -1,7 +1,8 @@
-"""The release's artifact folders as folders of our own, with a check that nothing was lost on the way."""
+"""The release's artifact folders, and EDM's and DMD2's files, as folders of our own, with a check that nothing was lost."""
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from drift_accel.foundation.random_streams import integer_draws, normal_draws, uniform_draws
 from drift_accel.foundation.storage import COMPLETE_NAME, atomic_write_json, committed_folder, sha256_file
+from drift_accel.models.edm_checkpoint import find_edm_weights, load_edm_unet
+from drift_accel.models.edm_unet import EdmUNet
 from drift_accel.models.exports import load_export
 from drift_accel.models.generator import Generator
 from drift_accel.models.official import METADATA_NAME, load_official
@@ -29,21 +32,28 @@ class Conversion:
 
 
 def convert_official(
-    folder: str | Path, target: str | Path, *, provenance: dict[str, Any], overwrite: bool = False
+    folder: str | Path,
+    target: str | Path,
+    *,
+    provenance: dict[str, Any],
+    overwrite: bool = False,
+    edm_config: Mapping[str, Any] | None = None,
 ) -> Conversion:
-    """Write the model of a release's artifact folder to `target` as `save_pretrained` does, read back and checked.
+    """Write a published model to `target` as `save_pretrained` does, read back and checked.
+
+    `folder` is a release's artifact folder, or a file of EDM's or DMD2's weights or a folder with one (`load_edm_unet`;
+    `edm_config` are settings of EdmUNet other than ImageNet 64x64's).
 
     Every weight must come back bit for bit, and a forward pass on fixed inputs within FORWARD_LIMIT. provenance.json gets hashes
-    of the release's files, its metadata and `provenance`. Raises FileExistsError for a target that exists without `overwrite`,
-    ValueError for one that is no converted or exported model, or holds the release's folder, and as `load_official` does;
-    RuntimeError where the check fails, with nothing written.
+    of the published files, their metadata and `provenance`. Raises FileExistsError for a target that exists without
+    `overwrite`, ValueError for one that is no converted or exported model, or holds the published files, and as `load_official`
+    and `load_edm_unet` do; RuntimeError where the check fails, with nothing written.
     """
     folder, target = Path(folder), Path(target)
     _require_target(folder, target, overwrite)
-    model = load_official(folder)
-    metadata = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
-    sources = sorted(path for path in folder.rglob("*") if path.name == METADATA_NAME or path.suffix == ".msgpack")
-    identity = {"official_sha256": {path.relative_to(folder).as_posix(): sha256_file(path) for path in sources}}
+    model, metadata, sources = _read_published(folder, edm_config)
+    root = folder if folder.is_dir() else folder.parent
+    identity = {"official_sha256": {path.relative_to(root).as_posix(): sha256_file(path) for path in sources}}
     with committed_folder(target, replace=overwrite) as written:
         model.save_pretrained(written)
         conversion = check_conversion(model, load_export(written, type(model), "converted folder"))
@@ -51,6 +61,18 @@ def convert_official(
         record = {"identity": identity, "official_metadata": metadata, "check": check, "sessions": [provenance]}
         atomic_write_json(written / "provenance.json", record)
     return conversion
+
+
+def _read_published(folder: Path, edm_config: Mapping[str, Any] | None) -> tuple[nn.Module, dict[str, Any], list[Path]]:
+    """The model of a folder or file, what is known of it beside its weights, and the files it was read from."""
+    weights = None if (folder / METADATA_NAME).is_file() else find_edm_weights(folder)
+    if weights is not None:
+        return load_edm_unet(weights, edm_config), {"layout": "EDM or DMD2"}, [weights]
+    if edm_config:
+        raise ValueError(f"{folder} holds no file of EDM's or DMD2's weights, to which the given configuration would belong")
+    model = load_official(folder)
+    metadata = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
+    return model, metadata, sorted(path for path in folder.rglob("*") if path.name == METADATA_NAME or path.suffix == ".msgpack")
 
 
 def check_conversion(model: nn.Module, again: nn.Module) -> Conversion:
@@ -81,6 +103,8 @@ def check_outputs(model: nn.Module) -> dict[str, Tensor]:
     config, slots = model.config, range(CHECK_BATCH)
     images = torch.from_numpy(normal_draws(0, "conversion/images", 0, slots, (config.in_channels, *[config.input_size] * 2)))
     labels = torch.from_numpy(integer_draws(0, "conversion/labels", 0, slots, (), config.num_classes))
+    if isinstance(model, EdmUNet):
+        return {"sample": model.generate(images, labels)}
     if isinstance(model, Generator):
         scale = 1 + torch.from_numpy(uniform_draws(0, "conversion/guidance", 0, slots, ()))
         codes = integer_draws(0, "conversion/styles", 0, slots, (config.num_style_tokens,), max(1, config.style_codebook_size))
@@ -102,6 +126,6 @@ def _require_target(folder: Path, target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{target} exists already: give another folder, or --overwrite")
     if folder.resolve() == target.resolve() or target.resolve() in folder.resolve().parents:
-        raise ValueError(f"{target} holds the release's folder {folder}, which it would replace: give another folder")
+        raise ValueError(f"{target} holds the published files {folder}, which it would replace: give another folder")
     if not (target / COMPLETE_NAME).is_file() or not (target / "config.json").is_file():
         raise ValueError(f"{target} is no exported model, so it is not replaced: give another folder")
