@@ -13,7 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from drift_accel.data import DataConfig, make_sampler, open_source
+from drift_accel.data.class_neighbours import PositivesConfig
 from drift_accel.data.row_encoders import weights_hash
+from drift_accel.data.row_pairs import open_row_images
 from drift_accel.data.samplers import small_classes
 from drift_accel.data.sources import Source, describe_source, latent_scaling, require_same_space, source_identity
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig
@@ -26,6 +28,7 @@ from drift_accel.drift.encoders import (
     require_different,
 )
 from drift_accel.drift.loss import require_backend
+from drift_accel.evaluation.in_training import EvaluationConfig, PreparedEvaluation, prepare_evaluation
 from drift_accel.foundation.collectives import process_index, world_group
 from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
 from drift_accel.foundation.progress import Progress
@@ -34,7 +37,7 @@ from drift_accel.models.configuration import DecoderConfig, EncoderConfig, Gener
 from drift_accel.training.configuration import TrainingConfig
 from drift_accel.training.exports import DATA_DESCRIPTION, finish_run
 from drift_accel.training.generator_task import BatchConfig, GeneratorTask
-from drift_accel.training.initial_weights import find_initial_weights, hash_weights
+from drift_accel.training.initial_weights import find_initial_weights, hash_weight_files
 from drift_accel.training.launch import (
     TORCH_TYPES,
     closing_notes,
@@ -45,10 +48,12 @@ from drift_accel.training.launch import (
 )
 from drift_accel.training.loop import Hooks, TrainingState, resume, start_state, train
 from drift_accel.training.networks import compile_blocks, lay_out_encoder, require_master_weights
+from drift_accel.training.positives_table import chosen_map, neighbour_sampler
 from drift_accel.training.profiling import StepProfiler, parse_steps
 from drift_accel.training.slices import STATISTICS_MODES
 from drift_accel.training.stops import StopWishes
 from drift_accel.training.telemetry import Telemetry
+from drift_accel.training.utilisation import generator_step_flops, seconds_at_peak
 
 # What --debug sets.
 DEBUG_VALUES = {
@@ -87,6 +92,7 @@ class GeneratorTrainingConfig(TrainingConfig):
     encoder: EncoderConfig
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    positives: PositivesConfig = field(default_factory=PositivesConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -94,6 +100,7 @@ class GeneratorTrainingConfig(TrainingConfig):
     """Encoders beside `encoder`, each with its own features and weight; all losses are summed."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     statistics: str = "global"
     """Over which samples the drift's scale and norms are taken. "global": all labels of the step, the published method, whose
     result does not depend on slices or processes; with slices it costs a second forward pass. "lagged": the previous step's
@@ -117,7 +124,13 @@ class GeneratorTrainingConfig(TrainingConfig):
             raise ValueError(f"statistics_memory_gb is {self.statistics_memory_gb}: give a number of GB of at least 0")
         if self.overfit_one_batch and self.data.queue is not None:
             raise ValueError("overfit_one_batch is true but data.queue holds other samples in every step: set data.queue to null")
+        if self.positives.needs_table and self.data.queue is not None:
+            raise ValueError(
+                f"positives.choice is {self.positives.choice!r}, which looks at whole classes, but data.queue holds recent "
+                "samples alone: set data.queue to null"
+            )
         require_different([entry.name for entry in (self.encoder, *self.more_encoders)])
+        self.evaluation.check_run(self.ema.decays, self.log.every)
         self.guidance.check_counts(self.batch.generated, self.batch.negatives)
         self.drift.check_guidance(self.guidance.smallest, self.batch.negatives)
         if self.num_processes is not None:
@@ -125,9 +138,19 @@ class GeneratorTrainingConfig(TrainingConfig):
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """Also pictures, what saves memory alone, and where encoder and cache lie: their contents are compared by their hash."""
-        keys = (*super().may_change, "sample", "gradient_checkpointing", "encoder.path", "statistics_memory_gb")
-        keys = (*keys, "decoder.batch", "decoder.checkpointing", "drift.keep_distances")
+        """Also what only looks on, what changes memory and pace alone (the drift's backend to rounding, as DRIFT_ACCEL_BACKEND
+        does), and where encoder and cache lie: their contents are compared by their hash."""
+        keys = (
+            *super().may_change,
+            "sample",
+            "evaluation",
+            "drift.backend",
+            "gradient_checkpointing",
+            "encoder.path",
+            "statistics_memory_gb",
+        )
+        keys = (*keys, "decoder.batch", "decoder.checkpointing", "drift.keep_distances", "positives.folder")
+        keys = (*keys, "decoder.real_images") if self.decoder.real_images is not None else keys
         keys = (*keys, "data.path") if self.data.source == "cache" else keys
         return (*keys, "batch.labels_per_slice") if self.statistics in ("global", "lagged") else keys
 
@@ -135,7 +158,8 @@ class GeneratorTrainingConfig(TrainingConfig):
         """Also refuse labels that the launched processes cannot share."""
         super().check_launch(num_processes)
         self.batch.check_processes(num_processes)
-        require_backend(self.drift.backend, len(self.drift.temperatures), TORCH_TYPES[self.precision])
+        options = {"dtype": TORCH_TYPES[self.precision], "coupling": self.drift.coupling}
+        require_backend(self.drift.backend, len(self.drift.temperatures), **options)
 
 
 def load_encoders(config: GeneratorTrainingConfig, source: Source) -> tuple[EncoderSpec, ...]:
@@ -145,6 +169,20 @@ def load_encoders(config: GeneratorTrainingConfig, source: Source) -> tuple[Enco
     """
     decoder = load_decoder(config.decoder, scaling=latent_scaling(source))
     return load_specs(config.encoder, config.features, config.more_encoders, decoder)
+
+
+def open_real_images(config: GeneratorTrainingConfig, specs: Sequence[EncoderSpec], source: Source) -> Source | None:
+    """The pictures that encoders behind the decoder see of real latents, None where those are decoded.
+
+    Raises what `open_row_images` raises, and ValueError where no encoder stands behind the decoder.
+    """
+    path = config.decoder.real_images
+    if path is None:
+        return None
+    decoders = [spec.decoder for spec in specs if spec.decoder is not None]
+    if not decoders:
+        raise ValueError(f"decoder.real_images is {path}, but no encoder takes pixels: leave it out")
+    return open_row_images(path, source, decoders[0].image_shape(source.image_shape[-1]), max_rows=config.data.max_rows)
 
 
 def check_fit(config: GeneratorTrainingConfig, specs: Sequence[EncoderSpec], source: Source) -> None:
@@ -164,6 +202,8 @@ def check_fit(config: GeneratorTrainingConfig, specs: Sequence[EncoderSpec], sou
             owner = "the encoder" if len(specs) == 1 else f"encoder {spec.name}"
             raise ValueError(f"features.maps names {', '.join(unknown)}, but {owner} has {', '.join(known)}")
     check_encoder_inputs(specs, shape, latents=latent_scaling(source) is not None)
+    if config.positives.needs_table:
+        chosen_map(config.positives, specs[0].encoder)
     for entry in (config.encoder, *config.more_encoders):
         description = Path(entry.path) / DATA_DESCRIPTION
         if entry.kind == "mae" and description.exists():
@@ -175,7 +215,7 @@ def encoder_identity(config: GeneratorTrainingConfig, specs: Sequence[EncoderSpe
     hashes = {}
     for entry, spec in zip((config.encoder, *config.more_encoders), specs, strict=True):
         name = "encoder" if entry is config.encoder else f"encoder_{spec.name}"
-        hashes[f"{name}_weights_sha256"] = hash_weights(entry.path) if entry.kind == "mae" else weights_hash(spec.encoder)
+        hashes[f"{name}_weights_sha256"] = hash_weight_files(entry.path) if entry.kind == "mae" else weights_hash(spec.encoder)
         if spec.decoder is not None:
             hashes["decoder_weights_sha256"] = weights_hash(spec.decoder.vae)
     return hashes
@@ -211,8 +251,33 @@ def make_hooks(config: GeneratorTrainingConfig, run: RunFolder, source: Source, 
     return Hooks(on_sample=sample)
 
 
+def open_evaluation(
+    config: GeneratorTrainingConfig, run: RunFolder, specs: Sequence[EncoderSpec], source: Source, device: torch.device | str
+) -> PreparedEvaluation | None:
+    """What the run's own evaluation needs; None where it is off. Raises as `prepare_evaluation`."""
+    if config.evaluation.every is None:
+        return None
+    return prepare_evaluation(
+        config.evaluation,
+        run,
+        generator=config.generator.resolved(),
+        encoder=config.encoder,
+        # Shared where memory is scarce alone: on a processor the evaluation moves its weights, which changes how kernels round.
+        loaded_encoder=specs[0].encoder if torch.device(device).type == "cuda" else None,
+        data=config.data,
+        description=describe_source(source),
+        vae=config.sample.vae,
+        device=device,
+    )
+
+
 def make_task(
-    config: GeneratorTrainingConfig, accelerator: Accelerator, specs: Sequence[EncoderSpec], sampler, initial=None
+    config: GeneratorTrainingConfig,
+    accelerator: Accelerator,
+    specs: Sequence[EncoderSpec],
+    sampler,
+    initial=None,
+    real_images: Source | None = None,
 ) -> GeneratorTask:
     """The generator, fresh or from `initial` weights, with everything that its steps need, on the run's device."""
     from drift_accel.models import Generator
@@ -232,6 +297,7 @@ def make_task(
         guidance=config.guidance,
         drift=config.drift,
         seed=config.seed,
+        real_images=real_images,
         flip=config.data.flip,
         overfit_one_batch=config.overfit_one_batch,
         statistics=config.statistics,
@@ -256,6 +322,7 @@ def place_encoder(spec: EncoderSpec, config: GeneratorTrainingConfig, device: to
 
 def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the folder if there is one."""
+    from drift_accel.evaluation.training_evaluation import TrainingEvaluation
     from drift_accel.models import Generator
 
     with plain_errors(BackendError):
@@ -263,32 +330,45 @@ def run_training(config: GeneratorTrainingConfig, output_dir: Path) -> None:
         source = open_source(config.data)
         specs = load_encoders(config, source)
         check_fit(config, specs, source)
+        real_images = open_real_images(config, specs, source)
         counts = {"positives": config.batch.positives, "negatives": config.batch.negatives}
-        sampler = make_sampler(config.data, source, config.seed, **counts)
+        direct_sampler = make_sampler(config.data, source, config.seed, **counts)
         repeated = small_classes(source, config.batch.positives)
         identity = {**encoder_identity(config, specs), **source_identity(source)}
+        if real_images is not None:
+            identity["real_images_sha256"] = source_identity(real_images)["cache_sha256"]
         if config.statistics in ("slice", "rank"):  # the loss depends on how many processes share the labels
             identity["num_processes"] = str(accelerator.num_processes)
         initial = find_initial_weights(config.init_from, Generator, config.generator.resolved(), output_dir)
         if initial is not None:
             identity["init_from_sha256"] = initial.sha256
+        at_peak = seconds_at_peak(config, accelerator, lambda: generator_step_flops(config, specs))
+        evaluation = open_evaluation(config, RunFolder(output_dir), specs, source, accelerator.device)
         run = open_run(output_dir, config, accelerator, identity)
         hooks = make_hooks(config, run, source, accelerator.device)
+        if evaluation is not None:
+            settings = {"ema": config.ema.decays[0], "last_step": config.steps, "log": accelerator.print}
+            hooks = replace(hooks, measure=TrainingEvaluation(evaluation, **settings))
 
     def work(stops: StopWishes) -> None:
-        task = make_task(config, accelerator, specs, sampler, initial)
+        sampler = direct_sampler
+        if config.positives.needs_table:
+            with plain_errors():
+                sampler = neighbour_sampler(config, accelerator, specs[0], source, run.path, identity)
+        task = make_task(config, accelerator, specs, sampler, initial, real_images)
         if repeated:
             accelerator.print(f"classes with fewer than {config.batch.positives} images repeat some: {', '.join(repeated)}")
         state = start_state(task, config, accelerator, stops)
         require_master_weights(state.model, state.optimizer, TORCH_TYPES[config.precision])
         if config.profile_steps is not None and accelerator.is_main_process:
             state.profiler = StepProfiler(run, parse_steps(config.profile_steps))
+        state.seconds_at_peak = at_peak
         resume(state, run, accelerator.print)
         if state.step == 0:
             fill(sampler, source.num_classes, enabled=accelerator.is_main_process)
         first_step = state.step
         train(state, config, run, hooks)
-        finish_run(run, state, first_step, describe_source(source))
+        finish_run(run, state, first_step, describe_source(source), config.export_names)
 
     closing_notes(run, accelerator, work, max_hours=config.max_hours)
     accelerator.end_training()

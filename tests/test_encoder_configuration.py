@@ -1,5 +1,6 @@
 """What configurations of encoders accept and refuse, reading them from files, and random weights, which must be asked for."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,6 +11,7 @@ from drift_accel.drift.encoders import EncoderEntryConfig
 from drift_accel.foundation.command_line import configuration_text, parse_command
 from drift_accel.models import MaskedAutoencoder
 from drift_accel.models.configuration import DecoderConfig, EncoderConfig, load_encoder
+from drift_accel.models.masked_autoencoder import MAE_PRESETS
 
 RESNET = {"kind": "resnet", "path": "file.pth", "architecture": "resnet18", "weights": "moco_v2"}
 
@@ -31,6 +33,8 @@ def test_a_path_alone_is_a_masked_autoencoder():
             "architecture is 'resnet18', which belongs to kind resnet, not mae: leave it out",
         ),
         ({"path": "x", "image_size": 64}, "image_size is 64, which belongs to kind convnextv2, resnet, dinov2, not mae"),
+        ({"path": "x", "preset": "latent-512"}, "encoder.preset is 'latent-512': choose one of tiny, latent-256, latent-640"),
+        ({"kind": "dinov2", "path": "x", "preset": "tiny"}, "preset is 'tiny', which belongs to kind mae, not dinov2"),
         ({"path": "x", "allow_code": True}, "allow_code is True, which belongs to kind code"),
         ({"kind": "code", "path": "a:b", "allow_code": True, "random": True}, "random is True, which belongs to kind"),
         ({"kind": "code", "path": "a:b"}, "would run a:b with all rights of this process"),
@@ -50,6 +54,29 @@ def test_a_path_alone_is_a_masked_autoencoder():
 def test_what_cannot_work_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EncoderConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"width": 8}, ["width 8 instead of 16"]),
+        ({"in_channels": 4}, ["in_channels 4 instead of 1"]),
+        ({"blocks": (2, 2, 2, 1)}, [r"blocks \[2, 2, 2, 1\] instead of \(2, 2, 2, 2\)"]),
+        ({"input_size": 16}, ["input_size 16 instead of 8"]),
+        ({"input_size": 32, "input_patch_size": 4}, ["input_patch_size 4 instead of 1", "input_size 32 instead of 8"]),
+        ({"num_classes": 3}, []),
+    ],
+)
+def test_an_encoder_that_is_not_the_preset_is_refused_by_name(changes, named, tmp_path):
+    MaskedAutoencoder(**{**MAE_PRESETS["tiny"], **changes}).save_pretrained(tmp_path)
+    wanted = EncoderConfig(path=str(tmp_path), preset="tiny")
+    if not named:
+        assert load_encoder(wanted).config.num_classes == 3
+        return
+    with pytest.raises(ValueError, match="holds another encoder than encoder.preset tiny") as refusal:
+        load_encoder(wanted)
+    assert all(re.search(line, str(refusal.value)) for line in named)
+    assert load_encoder(EncoderConfig(path=str(tmp_path))).config.width == changes.get("width", 16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,7 @@ def test_an_encoder_that_leaves_no_key_is_refused(convnext):
 
 
 def test_encoders_are_checked_against_the_generator(mae, convnext, decoder):
-    latent = MaskedAutoencoder(width=8, blocks=(1, 1, 1, 1), in_channels=4)
+    latent = MaskedAutoencoder(width=8, blocks=(1, 1, 1, 1), in_channels=4, input_size=16)
     check_encoder_inputs(as_specs([EncoderSpec("mae", mae), EncoderSpec("c", convnext)]), (3, 16, 16), latents=False)
     check_encoder_inputs(
         as_specs([EncoderSpec("mae", latent), EncoderSpec("c", convnext, decoder=decoder)]), (4, 16, 16), latents=True
@@ -178,6 +178,7 @@ def test_encoders_are_checked_against_the_generator(mae, convnext, decoder):
         (EncoderSpec("c", convnext, decoder=decoder), (3, 64, 64), False, "encoder c .*decoder.*: leave decoder.vae out"),
         (EncoderSpec("c", convnext), (1, 8, 8), False, "encoder c takes 3 channels but the generator makes 1"),
         (EncoderSpec("mae", latent), (8, 16, 16), True, "encoder mae takes 4 channels but the generator makes 8"),
+        (EncoderSpec("mae", latent), (4, 32, 32), True, r"encoder mae was made for input_size 16 but the .* makes \(32, 32\)"),
         (EncoderSpec("mae", mae), (3, 15, 15), False, r"encoder mae patchifies by 2, which does not divide .*\(15, 15\)"),
     ]
     for spec, shape, latents, message in refused:

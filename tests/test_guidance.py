@@ -8,6 +8,8 @@ import torch
 from dense_evaluation import assert_close, dense_guidance, dense_negative_weight
 
 from drift_accel.drift import GuidanceConfig, draw_guidance, negative_weight
+from drift_accel.foundation.random_streams import uniform_draws
+from drift_accel.training.monitoring import drawn_values
 
 GOLDENS = Path(__file__).parent / "goldens" / "guidance.npz"
 
@@ -155,3 +157,40 @@ def test_guidance_without_a_defined_weight_is_refused(num_generated, num_negativ
 
 def test_guidance_with_negatives_is_accepted():
     GuidanceConfig(maximum=4.0).check_counts(2, 1)
+
+
+def analytic_distribution(a, config):
+    """P(guidance <= a) in closed form: an atom at 1, and (a^q - min^q) / (max^q - min^q) with q = 1 - p, logarithms at p = 1."""
+    q = 1 - config.exponent
+    low, high = config.minimum, config.maximum
+    share = np.log(a / low) / np.log(high / low) if q == 0 else (a**q - low**q) / (high**q - low**q)
+    return config.skip_fraction + (1 - config.skip_fraction) * np.clip(share, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "power", "power": 5.0}, {"mode": "power", "power": 1.0}, {"mode": "uniform", "maximum": 2.5},
+     {"mode": "mixed"}, {"mode": "mixed", "minimum": 1.5, "no_guidance_fraction": 0.3}],
+    ids=str,
+)  # fmt: skip
+def test_a_runs_draws_follow_each_mode_in_every_step_and_process(options):
+    """What a task draws, over steps and label slots: Kolmogorov's distance to the closed form, and the share without guidance."""
+    config = GuidanceConfig(**options)
+    uniforms = np.concatenate([uniform_draws(3, "guidance", step, range(64), (2,), "float64") for step in range(100)])
+    draws = draw_guidance(config, uniforms[:, 0], uniforms[:, 1])
+    guided = np.sort(draws[draws > 1])
+    alone = np.concatenate([uniform_draws(3, "guidance", 7, [slot], (2,), "float64") for slot in range(64)])
+    assert np.array_equal(draw_guidance(config, alone[:, 0], alone[:, 1]), draws[7 * 64 : 8 * 64])
+    n, unguided = len(draws), (draws == 1).sum()
+    assert abs(unguided / n - config.skip_fraction) <= 3.3 * (config.skip_fraction * (1 - config.skip_fraction) / n) ** 0.5
+    below = unguided + np.arange(len(guided) + 1)  # draws at most guided[k] are below[k + 1] of n
+    expected = analytic_distribution(guided, config)
+    distance = max(np.abs(below[1:] / n - expected).max(), np.abs(below[:-1] / n - expected).max())
+    assert distance < 1.95 / n**0.5  # the 0.999 quantile
+
+
+def test_the_monitored_histogram_holds_every_labels_guidance():
+    class Batch:
+        guidance_scale = torch.tensor([1.0, 1.0, 2.5, 4.0])
+
+    assert torch.equal(drawn_values(Batch())["guidance"], Batch.guidance_scale)

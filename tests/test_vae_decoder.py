@@ -138,3 +138,9 @@ def test_the_configured_decoder():
     decoder = load_decoder(DecoderConfig(vae="digits", batch=3, checkpointing=False, dtype="bfloat16"))
     assert (decoder.batch, decoder.checkpointing, decoder.dtype) == (3, False, "bfloat16")
     assert decoder(torch.zeros(2, 4, 16, 16)).shape == (2, 3, 64, 64)
+
+
+def test_the_size_of_images_follows_from_the_configuration(vae):
+    assert VaeDecoder(vae).image_shape(4) == tuple(VaeDecoder(vae)(latents(dtype=torch.float32)).shape[1:])
+    digits = load_decoder(DecoderConfig(vae="digits"))
+    assert digits.image_shape(16) == (3, 64, 64)

@@ -1,8 +1,8 @@
 """Where a training step's time and memory go: python tools/benchmark_step.py --config train_configs/X.yaml [--key value ...]
 
-Runs the trainer's own step on this machine's device and prints seconds by part (data, generator, encoder, drift, backward,
-optimiser, ema), peak memory and model FLOP utilisation. Keys of the recipe may follow, as for the trainer; recipes whose name
-begins with mae_ are those of train_mae. Parts are timed with a wait for the device between them, the whole step without.
+Runs the trainer's own step on this machine's device and prints seconds by part (data, transfer, vae, generator, encoder, drift,
+backward, optimiser, ema), peak memory and model FLOP utilisation. Keys of the recipe may follow, as for the trainer; recipes
+whose name begins with mae_ are those of train_mae. Parts are timed with a wait for the device between them, the step without.
 --compare_statistics N times label slices of N labels with every choice of `statistics` against the step in one slice, taking
 turns in one process. --synthetic needs neither data nor encoder weights: random images, a random encoder of the given preset.
 Nothing is saved but the --report.
@@ -19,15 +19,17 @@ import torch
 
 from drift_accel import train, train_mae
 from drift_accel.data import LabelledImages, make_sampler, open_source
+from drift_accel.data.online_images import open_encoder_data
 from drift_accel.drift.encoders import as_specs
 from drift_accel.foundation.command_line import parse_command, plain_errors
 from drift_accel.foundation.devices import DEVICE_HELP
 from drift_accel.foundation.provenance import collect_provenance
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import atomic_write_json
+from drift_accel.models.configuration import DecoderConfig
 from drift_accel.training.launch import start_accelerator
 from drift_accel.training.loop import start_state, train_step
-from drift_accel.training.measurement import count_operations, peak_allocation, peak_flops
+from drift_accel.training.measurement import count_operations, operations_of, peak_allocation, peak_flops
 from drift_accel.training.networks import compile_blocks
 from drift_accel.training.prefetch import Prefetch
 from drift_accel.training.slices import StepStatistics
@@ -65,7 +67,9 @@ def main() -> None:
         task = make_task(command, replace(config, compile="none"), accelerator, arguments.synthetic)
     state = start_state(task, config, accelerator)
     results = {"device": describe_device(accelerator.device), "processes": accelerator.num_processes}
-    flops = count_operations(task, task.transfer(task.draw(0)))
+    drawn = task.draw(0)
+    batch, flops = operations_of(lambda: task.transfer(drawn))  # a VAE's
+    flops |= count_operations(task, batch)
     for network in (task.model, getattr(task, "encoder", None)):
         if network is not None:
             compile_blocks(network, config.compile)
@@ -88,7 +92,7 @@ def make_task(command, config, accelerator, synthetic: str | None):
     """The trainer's task on the recipe's data and encoder, or on random ones. Raises ValueError, OSError as the trainer."""
     if command is train_mae:
         if synthetic is None:
-            source = open_source(config.data)
+            source = open_encoder_data(config.data)
         else:
             mae = config.mae.resolved()
             source = synthetic_source((mae["in_channels"], mae["input_size"], mae["input_size"]), 256)
@@ -102,11 +106,18 @@ def make_task(command, config, accelerator, synthetic: str | None):
         shape = (generator["in_channels"], generator["input_size"], generator["input_size"])
         source = synthetic_source(shape, config.batch.positives)
         specs = as_specs(synthetic_encoder(synthetic), config.features)
+        left_out = [entry.name for entry in config.more_encoders] + ["decoder"] * (config.decoder.vae is not None)
+        if left_out:
+            print(f"--synthetic measures one encoder of what the generator makes; left out: {', '.join(left_out)}")
+        config = replace(config, more_encoders=(), decoder=DecoderConfig())
+    if config.positives.needs_table:
+        raise ValueError("positives.choice needs a table that training makes, and reading it costs nothing: leave it out here")
     train.check_fit(config, specs, source)
+    real_images = train.open_real_images(config, specs, source)
     counts = {"positives": config.batch.positives, "negatives": config.batch.negatives}
     sampler = make_sampler(config.data, source, config.seed, **counts)
     sampler.warm_up()
-    return train.make_task(config, accelerator, specs, sampler)
+    return train.make_task(config, accelerator, specs, sampler, real_images=real_images)
 
 
 def synthetic_source(shape: tuple[int, int, int], rows_per_class: int) -> LabelledImages:

@@ -13,7 +13,8 @@ from pathlib import Path
 from drift_accel import train
 from drift_accel.foundation.command_line import parse_command, plain_errors
 from drift_accel.foundation.storage import atomic_write_json
-from drift_accel.training.estimation import FIXED_BYTES, GPUS, USABLE_SHARE, Estimate, advice, estimate_step, load_hollow_encoders
+from drift_accel.training.estimation import FIXED_BYTES, GPUS, USABLE_SHARE, Estimate, advice, estimate_step
+from drift_accel.training.hollow_networks import load_hollow_encoders
 
 
 def main() -> int:

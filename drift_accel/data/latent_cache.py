@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from drift_accel.data.cache_format import PIXELS, CacheHeader, CacheManifest, read_description
@@ -181,6 +182,10 @@ class LatentCache:
             values = (self._batches[segment].column(name)[row].as_py() for name in ("source", "image_index", "view"))
             origins.append(RowOrigin(*values))
         return origins
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of all rows, mapped: where rows came from (source, image_index, view) and their label."""
+        return pa.chunked_array([batch.column(name) for batch in self._batches])
 
     def require_model(self, **wanted) -> None:
         """Raise ValueError unless the rows fit a model: arguments of `CacheHeader.require_model`."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from drift_accel.data.class_neighbours import ClassNeighbours
 from drift_accel.data.labelled_images import LabelledImages
 from drift_accel.foundation.random_streams import integer_draws, random_stream
 
@@ -62,6 +63,17 @@ def draw_flips(seed: int, stream: str, step: int, slots: np.ndarray, count: int)
     return integer_draws(seed, f"{stream}/flip", step, slots, (count,), 2).astype(bool)
 
 
+def draw_neighbour_rows(
+    source: LabelledImages, neighbours: ClassNeighbours, seed: int, step: int, slots: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Rows [len(slots), P] around one row of each slot's class, every row of the class being equally likely to be that one."""
+    rows = np.empty((len(slots), neighbours.count), dtype=np.int64)
+    for i, (slot, label) in enumerate(zip(slots, labels, strict=True)):
+        place = random_stream(seed, "positives/anchor", step, int(slot)).integers(len(source.class_rows(int(label))))
+        rows[i] = neighbours.order(int(label), int(place))
+    return rows
+
+
 class DirectSampler:
     """Draws positives from their whole class and negatives from the whole source: no warm-up, nothing to restore."""
 
@@ -91,6 +103,18 @@ class DirectSampler:
     def negatives(self, step: int, slots: np.ndarray) -> np.ndarray:
         """Rows [len(slots), N] of any class."""
         return draw_any_rows(self.source, self.seed, step, slots, self.num_negatives)
+
+
+class NeighbourSampler(DirectSampler):
+    """Draws positives around one row of their class, as a table of `neighbours` has them; negatives from the whole source."""
+
+    def __init__(self, source: LabelledImages, seed: int, neighbours: ClassNeighbours, *, negatives: int):
+        super().__init__(source, seed, positives=neighbours.count, negatives=negatives)
+        self.neighbours = neighbours
+
+    def positives(self, step: int, slots: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Rows [len(slots), P] of each slot's class."""
+        return draw_neighbour_rows(self.source, self.neighbours, self.seed, step, slots, labels)
 
 
 def small_classes(source: LabelledImages, count: int) -> list[str]:

@@ -4,7 +4,7 @@ Shapes: B images, T locations and S features of a key. Source: arXiv 2602.04770,
 ConvNeXt-V2, losses summed) and encoder study (pixel encoders behind the VAE's decoder).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -72,20 +72,30 @@ def require_different(names: Sequence[str]) -> None:
         raise ValueError(f"encoders are called {twice} more than once: their keys would be mixed up, give each its own name")
 
 
-def encoder_features(specs: Sequence[EncoderSpec], images: Tensor) -> dict[str, Tensor]:
+def has_decoder(specs: Sequence[EncoderSpec]) -> bool:
+    """Whether any encoder stands behind a decoder."""
+    return any(spec.decoder is not None for spec in specs)
+
+
+def decoded_images(specs: Sequence[EncoderSpec], images: Tensor) -> dict[int, Tensor]:
+    """What each decoder before an encoder makes of `images` [B,C,h,w], by its id: a decoder that specs share runs once."""
+    decoders = {id(spec.decoder): spec.decoder for spec in specs if spec.decoder is not None}
+    return {key: decoder(images) for key, decoder in decoders.items()}
+
+
+def encoder_features(
+    specs: Sequence[EncoderSpec], images: Tensor, decoded: Mapping[int, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Every key of every encoder for the generator's output or real samples `images` [B,C,H,W]: {key: [B,T,S]}.
 
-    Without `global`. One encoder's keys have no prefix; of several they are `name/key`, in the order of the specs. A decoder
-    that specs share runs once. Raises ValueError for what `multi_scale_features` refuses and for a key called `global`.
+    Without `global`. One encoder's keys have no prefix; of several they are `name/key`, in the order of the specs. `decoded` are
+    `decoded_images` where they are there already. Raises ValueError for what `multi_scale_features` refuses and for a key called
+    `global`.
     """
-    decoded: dict[int, Tensor] = {}
+    decoded = decoded_images(specs, images) if decoded is None else decoded
     features: dict[str, Tensor] = {}
     for spec in specs:
-        seen = images
-        if spec.decoder is not None:
-            if id(spec.decoder) not in decoded:
-                decoded[id(spec.decoder)] = spec.decoder(images)
-            seen = decoded[id(spec.decoder)]
+        seen = images if spec.decoder is None else decoded[id(spec.decoder)]
         keys = multi_scale_features(spec.encoder, seen, spec.features)
         if GLOBAL_KEY in keys:
             raise ValueError(f"encoder {spec.name} makes a key {GLOBAL_KEY!r}, which is the generator's output: rename its map")
@@ -149,4 +159,10 @@ def check_encoder_inputs(specs: Sequence[EncoderSpec], image_shape: tuple[int, i
         if spec.decoder is None and any(side % patch for side in image_shape[1:]):
             raise ValueError(
                 f"encoder {spec.name} patchifies by {patch}, which does not divide the generator's {image_shape[1:]}"
+            )
+        side = getattr(getattr(spec.encoder, "config", None), "input_size", None)  # of a masked autoencoder
+        if spec.decoder is None and side is not None and tuple(image_shape[1:]) != (side, side):
+            raise ValueError(
+                f"encoder {spec.name} was made for input_size {side} but the generator makes {tuple(image_shape[1:])}: give an "
+                "encoder that was trained at that size"
             )

@@ -13,6 +13,7 @@ _SETTINGS_OF_KINDS = {
     "image_size": ("convnextv2", "resnet", "dinov2"),
     "blocks": ("dinov2",),
     "allow_code": ("code",),
+    "preset": ("mae",),
     "random": ("mae", "convnextv2", "resnet", "dinov2"),
 }
 _PATHS_OF_KINDS = {
@@ -37,6 +38,8 @@ class EncoderConfig:
     """Stands before the encoder's keys where there are several."""
     weight: float = 1.0
     """What its keys' losses are multiplied by."""
+    preset: str | None = None
+    """mae: what path must hold, "latent-256", "latent-640", "pixel-640" or "tiny"; null: any that fits the generator."""
     architecture: str | None = None
     """resnet: "resnet18" or "resnet50"."""
     weights: str | None = None
@@ -63,6 +66,7 @@ def check_encoder_config(config: EncoderConfig) -> None:
     Raises:
         ValueError: names the setting, its value and what to set instead.
     """
+    from drift_accel.models.masked_autoencoder import MAE_PRESETS
     from drift_accel.models.pixel_encoder import NORMALIZATIONS
     from drift_accel.models.pretrained_resnet import ARCHITECTURES
     from drift_accel.models.resnet_checkpoints import LAYOUTS
@@ -75,6 +79,8 @@ def check_encoder_config(config: EncoderConfig) -> None:
                 f"encoder.{name} is {getattr(config, name)!r}, which belongs to kind {', '.join(kinds)}, not {config.kind}: "
                 "leave it out"
             )
+    if config.preset not in (None, *MAE_PRESETS):
+        raise ValueError(f"encoder.preset is {config.preset!r}: choose one of {', '.join(MAE_PRESETS)}, or null for any encoder")
     if not config.path and not (config.kind == "resnet" and config.random):
         raise ValueError(f"encoder.path is empty: give {_PATHS_OF_KINDS[config.kind]}")
     if config.kind == "code" and not config.allow_code:
@@ -128,6 +134,33 @@ def load_encoder(config: EncoderConfig):
 
 
 def _load_mae(config: EncoderConfig):
+    encoder = _read_mae(config)
+    if config.preset is not None:
+        _require_preset(config, encoder)
+    return encoder
+
+
+def _require_preset(config: EncoderConfig, encoder) -> None:
+    """Raise ValueError naming the settings in which a masked autoencoder is not the configured preset; classes may differ."""
+    from drift_accel.models.checks import complete_config
+    from drift_accel.models.masked_autoencoder import MAE_PRESETS, MaskedAutoencoder
+
+    wanted = complete_config(MaskedAutoencoder, MAE_PRESETS[config.preset])
+    compared = wanted.keys() - {"num_classes", "input_space"}  # the space follows from the others where it is not given
+    pairs = {name: (value, encoder.config[name]) for name, value in wanted.items() if name in compared}
+    different = [f"{name} {there} instead of {value}" for name, (value, there) in pairs.items() if _plain(there) != _plain(value)]
+    if different:
+        raise ValueError(
+            f"encoder.path {config.path} holds another encoder than encoder.preset {config.preset}: {', '.join(different)}; give "
+            "the folder of that encoder, or set encoder.preset to null to train with this one"
+        )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_mae(config: EncoderConfig):
     from drift_accel.models.checks import complete_config
     from drift_accel.models.exports import load_export
     from drift_accel.models.masked_autoencoder import MaskedAutoencoder
@@ -207,11 +240,19 @@ class DecoderConfig:
     """Decode again in the backward pass instead of keeping activations."""
     dtype: str = "float32"
     """"float32", or "bfloat16" for convolutions and products under autocast."""
+    real_images: str | None = None
+    """Folder of a cache of pixels with the same rows as the latents': encoders of pixels see its pictures of real samples. null:
+    real latents are decoded like generated ones."""
 
     def __post_init__(self):
         from drift_accel.models.vae_decoder import check_decoder_settings
 
         check_decoder_settings(self.batch, self.dtype)
+        if self.real_images is not None and self.vae is None:
+            raise ValueError(
+                f"decoder.real_images is {self.real_images!r} without decoder.vae, which makes images of generated latents: "
+                "set decoder.vae to the VAE that the latents were made with"
+            )
 
 
 def load_decoder(config: DecoderConfig, scaling=None):

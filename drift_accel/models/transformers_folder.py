@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .initialization import default_generator
 from .pixel_encoder import draw_weights
@@ -41,9 +42,7 @@ def load_transformers_network(folder: str | Path, model_class: type[nn.Module], 
     if kind != wanted:
         raise ValueError(f"encoder.path {folder} holds a {kind}, wanted a {wanted}: {advice}")
     if random:
-        with torch.device("meta"):
-            network = model_class(model_class.config_class.from_dict(settings))
-        network = network.to_empty(device="cpu").float()
+        network = undrawn_network(model_class, model_class.config_class.from_dict(settings))
         draw_weights(network, default_generator())
         return network
     _require_weights(folder, advice)
@@ -61,6 +60,20 @@ def load_transformers_network(folder: str | Path, model_class: type[nn.Module], 
             f"unknown tensors {unknown[:5]} ({len(unknown)}): {advice}"
         )
     return network
+
+
+def undrawn_network(model_class: type[nn.Module], config) -> nn.Module:
+    """The network of a configuration in float32 on the CPU, its weights not set.
+
+    Under FakeTensorMode, where the constructors of transformers fail because they read numbers, the weights have no contents.
+    """
+    with unset_fake_temporarily(), torch.device("meta"):
+        network = model_class(config)
+
+    def empty(weight: torch.Tensor) -> torch.Tensor:
+        return torch.empty(weight.shape, dtype=torch.float32 if weight.is_floating_point() else weight.dtype)
+
+    return network._apply(empty)
 
 
 @contextmanager

@@ -51,6 +51,11 @@ class VaeDecoder(nn.Module):
         self.register_buffer("shift", _per_channel(shift), persistent=False)
         self.eval().requires_grad_(False)
 
+    def image_shape(self, latent_size: int) -> tuple[int, int, int]:
+        """(3, H, W) of what latents of a side become."""
+        side = latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.out_channels, side, side
+
     def train(self, mode: bool = True) -> "VaeDecoder":
         """Stay in evaluation mode."""
         return super().train(False)

@@ -1,18 +1,15 @@
 """What a recipe's step needs, before anything is bought or booked: parameters, operations, memory of a GPU, time.
 
 The networks run on tensors without contents (torch's FakeTensorMode), so that operations and live bytes are those of the real
-code
-under the recipe's autocast, slices and checkpointing; what stays the whole run (weights, moments, averages) is counted.
+code under the recipe's autocast, slices and checkpointing; what stays the whole run (weights, moments, averages) is counted.
 
 Shapes: L labels, G generated, P positives, N negatives a label, [C,H,W] an image or latent.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from drift_accel.drift.cost import DriftCost, KeySize, drift_cost
-from drift_accel.drift.encoders import EncoderSpec, as_specs
+from drift_accel.drift.encoders import as_specs
 from drift_accel.drift.slice_statistics import target_products, target_products_bytes
-from drift_accel.training.measurement import PEAK_TFLOPS, LiveTensors
+from drift_accel.training.measurement import PEAK_TFLOPS, LiveTensors, operations_of
 from drift_accel.training.step import DriftBatch, Encoders, step_loss, step_problems
 
 ADAMW_OPERATIONS = 14  # of a parameter: moments, their corrections, decay, step
@@ -32,6 +29,8 @@ FIXED_BYTES = 2.5e9
 # Of a device's memory; the rest is lost between blocks of the allocator.
 USABLE_SHARE = 0.92
 DRIFT_EFFICIENCY = 0.5  # of the memory's bandwidth
+FLOAT32_SLOWDOWN = 2  # of convolutions in float32, which run as TF32, against bfloat16
+VAE_PARTS = ("vae forward", "vae backward")
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class Estimate:
     drift: DriftCost
     num_samples: int
     num_slices: int
+    float32_parts: tuple[str, ...] = ()
+    """Parts of flops that run in float32 whatever the precision."""
 
     @property
     def total_flops(self) -> float:
@@ -74,62 +75,13 @@ class Estimate:
 
     def step_seconds(self, gpu: Gpu, num_gpus: int, utilisation: float) -> float:
         """Networks at a share of the products that the device can do, the drift at a share of its bandwidth."""
-        networks = (self.total_flops - self.flops["drift"]) / (num_gpus * gpu.flops * utilisation)
+        slow = (FLOAT32_SLOWDOWN - 1) * sum(self.flops[name] for name in self.float32_parts)
+        networks = (self.total_flops - self.flops["drift"] + slow) / (num_gpus * gpu.flops * utilisation)
         drift = self.passes * self.drift.num_bytes / (num_gpus * gpu.bandwidth * DRIFT_EFFICIENCY)
         return networks + drift
 
     def fits(self, gpu: Gpu) -> bool:
         return self.total_memory + FIXED_BYTES <= USABLE_SHARE * gpu.memory
-
-
-def load_hollow_encoders(config, preset: str | None = None) -> tuple[EncoderSpec, ...]:
-    """The architectures of a recipe's encoders with weights of no meaning; `preset`: the first one's, of a masked autoencoder.
-
-    Raises ValueError as `load_hollow_encoder` and for a decoder before encoders of pixels, which is not estimated.
-    """
-    if config.decoder.vae is not None:
-        raise ValueError(
-            f"decoder.vae is {config.decoder.vae!r}: its cost is not estimated; measure with tools/benchmark_step.py"
-        )
-    specs = [EncoderSpec(config.encoder.name, load_hollow_encoder(config.encoder, preset), config.features)]
-    specs += [EncoderSpec(entry.name, load_hollow_encoder(entry), entry.features) for entry in config.more_encoders]
-    return tuple(specs)
-
-
-def load_hollow_encoder(config, preset: str | None = None) -> nn.Module:
-    """The configured encoder's architecture with weights of no meaning, or a masked autoencoder's preset.
-
-    A ConvNeXt-V2 whose folder is not there is taken for the base model, as in the published recipes.
-
-    Raises ValueError for an unknown preset, FileNotFoundError where the folder's description is not there.
-    """
-    from drift_accel.models.encoder_configuration import load_encoder
-    from drift_accel.models.masked_autoencoder import MAE_PRESETS, MaskedAutoencoder
-
-    if preset is not None:
-        if preset not in MAE_PRESETS:
-            raise ValueError(f"the encoder's preset is {preset!r}: choose one of {', '.join(MAE_PRESETS)}")
-        return MaskedAutoencoder(**MAE_PRESETS[preset]).eval().requires_grad_(False)
-    if config.kind == "mae" and not (Path(config.path) / "config.json").exists():
-        raise FileNotFoundError(
-            f"encoder.path {config.path} has no config.json: give the encoder's architecture, one of {', '.join(MAE_PRESETS)} "
-            "(--encoder)"
-        )
-    if config.kind == "convnextv2" and not (Path(config.path) / "config.json").exists():
-        return _base_convnext()
-    if config.kind != "code":
-        config = replace(config, random=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_encoder(config)
-
-
-def _base_convnext() -> nn.Module:
-    from transformers import ConvNextV2Config, ConvNextV2Model
-
-    from drift_accel.models.convnext import ConvNextV2Encoder
-
-    return ConvNextV2Encoder(ConvNextV2Model(ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024])))
 
 
 def estimate_step(config, num_gpus: int, *, encoder: Callable[[], Encoders], sharded: bool = False) -> Estimate:
@@ -145,7 +97,7 @@ def estimate_step(config, num_gpus: int, *, encoder: Callable[[], Encoders], sha
     labels_in_slice = min(batch.labels_per_slice or labels_here, labels_here)
     num_slices = math.ceil(labels_here / labels_in_slice)
     with FakeTensorMode():
-        runs = _HollowStep(config, encoder())
+        runs = HollowStep(config, encoder())
         per_label = runs.operations()
         products, sizes = runs.of_one_label()
         products *= labels_here
@@ -161,17 +113,22 @@ def estimate_step(config, num_gpus: int, *, encoder: Callable[[], Encoders], sha
     )
     num_parameters, num_averages = runs.num_parameters, len(config.ema.decays)
     flops = {name: value * batch.labels for name, value in per_label.items()}
-    flops["statistics pass"] = extra * batch.labels * (per_label["generator forward"] + per_label["encoder forward"])
+    flops["statistics pass"] = extra * sum(value for name, value in flops.items() if name.endswith("forward"))
     flops["drift"] = float(drift.flops)
     flops["optimiser"] = float(num_parameters * (ADAMW_OPERATIONS + AVERAGE_OPERATIONS * num_averages))
     return Estimate(
-        parameters={"generator": num_parameters, "encoder": runs.num_encoder_parameters},
+        parameters={
+            "generator": num_parameters,
+            "encoder": runs.num_encoder_parameters,
+            **({"vae": runs.num_vae_parameters} if runs.decoders else {}),
+        },
         flops=flops,
         memory=_memory(config, runs, num_gpus, sharded, activations, labels_here, has_gradient=num_slices > 1),
         passes=1 + extra,
         drift=drift,
         num_samples=batch.labels * batch.generated,
         num_slices=num_slices,
+        float32_parts=VAE_PARTS if runs.decoders and config.decoder.dtype == "float32" else (),
     )
 
 
@@ -183,7 +140,7 @@ def _extra_passes(config, num_slices: int, products_bytes: float) -> int:
 
 
 def _memory(
-    config, runs: "_HollowStep", num_gpus: int, sharded: bool, activations: float, labels: int, has_gradient: bool
+    config, runs: "HollowStep", num_gpus: int, sharded: bool, activations: float, labels: int, has_gradient: bool
 ) -> dict:
     """Bytes of one device by part; the gradient of a step in one slice arises within the activations' peak."""
     item = 8 if config.precision == "float64" else 4
@@ -198,12 +155,13 @@ def _memory(
         # Data parallelism packs gradients into buckets beside them; FSDP2 gathers a block at a time.
         "messages": (2 * weights / runs.depth if sharded else weights) if several else 0.0,
         "encoder": runs.num_encoder_parameters * item,
+        **({"vae": runs.num_vae_parameters * item} if runs.decoders else {}),
         "batch": labels * runs.label_bytes(item),
         "activations": activations,
     }
 
 
-class _HollowStep:
+class HollowStep:
     """A recipe's networks without contents; use inside FakeTensorMode."""
 
     def __init__(self, config, encoder: Encoders):
@@ -218,6 +176,8 @@ class _HollowStep:
             self.generator = self.generator.double()
             for spec in self.specs:
                 spec.encoder.double()
+                if spec.decoder is not None:
+                    spec.decoder.double()
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         settings = self.generator.config
         self.depth = settings.depth
@@ -225,10 +185,17 @@ class _HollowStep:
         self.num_style_tokens = settings.num_style_tokens
         self.num_parameters = sum(parameter.numel() for parameter in self.generator.parameters())
         self.num_encoder_parameters = sum(parameter.numel() for spec in self.specs for parameter in spec.encoder.parameters())
+        self.decoders = {id(spec.decoder): spec.decoder for spec in self.specs if spec.decoder is not None}
+        self.num_vae_parameters = sum(weight.numel() for decoder in self.decoders.values() for weight in decoder.parameters())
+        self.seen_shape = None  # of real samples that are read as pictures
+        if self.decoders and config.decoder.real_images is not None:
+            self.seen_shape = next(iter(self.decoders.values())).image_shape(settings.input_size)
 
     def label_bytes(self, item: int) -> float:
         counts = self.config.batch
-        return (counts.generated + counts.positives + counts.negatives) * math.prod(self.image_shape) * item
+        real = counts.positives + counts.negatives
+        pictures = 0 if self.seen_shape is None else real * math.prod(self.seen_shape)
+        return ((counts.generated + real) * math.prod(self.image_shape) + pictures) * item
 
     def batch(self, labels: int) -> DriftBatch:
         counts, shape = self.config.batch, self.image_shape
@@ -243,6 +210,8 @@ class _HollowStep:
             negatives=zeros(labels, counts.negatives, *shape),
             noise=zeros(labels * counts.generated, *shape),
             style_indices=torch.zeros(labels * counts.generated, self.num_style_tokens, dtype=torch.int64),
+            positive_images=None if self.seen_shape is None else zeros(labels, counts.positives, *self.seen_shape),
+            negative_images=None if self.seen_shape is None else zeros(labels, counts.negatives, *self.seen_shape),
         )
 
     def autocast(self):
@@ -253,7 +222,7 @@ class _HollowStep:
             return step_problems(self.generator, self.specs, self.batch(labels))
 
     def operations(self) -> dict[str, float]:
-        """Operations of one label by part; recomputation of checkpointed blocks is in "generator backward"."""
+        """Operations of one label by part; recomputation of checkpointed blocks and slices is in their part's "backward"."""
         images = self.batch(1)
         G = self.config.batch.generated
         conditions = (images.labels.repeat_interleave(G), images.guidance_scale.repeat_interleave(G), images.style_indices)
@@ -261,19 +230,30 @@ class _HollowStep:
             generated = self.generator(images.noise, *conditions)
         with FlopCounterMode(display=False) as backward:
             generated.backward(torch.ones_like(generated))
-        with FlopCounterMode(display=False) as counter:
-            problems = self.problems(1)
-        encoder_forward = counter.get_total_flops() - forward.get_total_flops()
+        problems, parts = operations_of(lambda: self.problems(1))
+        vae_backward = self._vae_backward(generated.detach())
         with FlopCounterMode(display=False) as counter:
             torch.stack([(members.generated.float() ** 2).sum() for members in problems.values()]).sum().backward()
-        encoder_backward = counter.get_total_flops() - backward.get_total_flops()
+        encoder_backward = counter.get_total_flops() - backward.get_total_flops() - vae_backward
         self.generator.zero_grad(set_to_none=True)
         return {
             "generator forward": float(forward.get_total_flops()),
             "generator backward": float(backward.get_total_flops()),
-            "encoder forward": float(encoder_forward),
+            "encoder forward": parts["encoder"],
             "encoder backward": float(encoder_backward),
+            **(dict(zip(VAE_PARTS, (parts["vae"], vae_backward), strict=True)) if self.decoders else {}),
         }
+
+    def _vae_backward(self, latents: Tensor) -> float:
+        """Operations of the decoders' backward pass to generated latents."""
+        total = 0.0
+        for decoder in self.decoders.values():
+            with self.autocast():
+                images = decoder(latents.requires_grad_())
+            with FlopCounterMode(display=False) as counter:
+                images.backward(torch.ones_like(images))
+            total += counter.get_total_flops()
+        return total
 
     def of_one_label(self) -> tuple[float, list[KeySize]]:
         """Bytes of a label's kept products, and its feature keys."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from drift_accel.data.queue import SampleQueue
 from drift_accel.data.samplers import LABEL_ORDERS, DirectSampler, draw_labels
-from drift_accel.data.sources import read_images
+from drift_accel.data.sources import Source, read_images
 from drift_accel.drift import DriftConfig, FeatureConfig, GuidanceConfig, draw_guidance
 from drift_accel.drift.encoders import as_specs
 from drift_accel.foundation.random_streams import integer_draws, normal_draws, uniform_draws
@@ -57,7 +57,9 @@ class GeneratorTask:
     """The task of `drift_accel.train`: labels are split over processes and slices.
 
     `statistics` names over which of them the drift's statistics are taken, and `statistics_memory_gb` bounds what "global" keeps
-    between its passes (slices.py); `log` gets one line about it. With `overfit_one_batch` every step has the draws of step 0.
+    between its passes (slices.py); `log` gets one line about it. `real_images` has the pictures behind the sampler's latents, row
+    by row, for encoders behind a decoder; without it the latents are decoded. With `overfit_one_batch` every step has the draws
+    of step 0.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class GeneratorTask:
         drift: DriftConfig,
         features: FeatureConfig | None = None,
         seed: int,
+        real_images: Source | None = None,
         flip: bool = False,
         overfit_one_batch: bool = False,
         statistics: str = "global",
@@ -83,7 +86,7 @@ class GeneratorTask:
         group=None,
     ):
         batch.check_processes(num_processes)
-        self.model, self.sampler, self.source = model, sampler, sampler.source
+        self.model, self.sampler, self.source, self.real_images = model, sampler, sampler.source, real_images
         self.specs = as_specs(encoder, features)
         self.batch, self.guidance, self.drift = batch, guidance, drift
         self.seed, self.flip, self.device, self.dtype = seed, flip, device, dtype
@@ -113,17 +116,21 @@ class GeneratorTask:
         batch = DriftBatch(
             labels=torch.from_numpy(labels),
             guidance_scale=torch.from_numpy(guidance),
-            positives=self._read("positives", step, positives),
-            negatives=self._read("negatives", step, negatives),
+            positives=self._read(self.source, "positives", step, positives),
+            negatives=self._read(self.source, "negatives", step, negatives),
             noise=torch.from_numpy(noise).flatten(0, 1),
             style_indices=torch.from_numpy(styles).flatten(0, 1),
             guidance_weighs=not self.guidance.conditioning_only,
+            positive_images=self._read(self.real_images, "positives", step, positives),
+            negative_images=self._read(self.real_images, "negatives", step, negatives),
         )
         return batch.pinned() if self.device.type == "cuda" else batch
 
-    def _read(self, name: str, step: int, rows: np.ndarray) -> Tensor:
-        """Images [slots, count, C, H, W] of the drawn rows."""
-        return torch.from_numpy(read_images(self.source, rows, self.seed, name, step, self.slots, self.flip))
+    def _read(self, source: Source | None, name: str, step: int, rows: np.ndarray) -> Tensor | None:
+        """Images [slots, count, C, H, W] of the drawn rows, mirrored alike in every source; None without one."""
+        if source is None:
+            return None
+        return torch.from_numpy(read_images(source, rows, self.seed, name, step, self.slots, self.flip))
 
     def transfer(self, batch: DriftBatch) -> DriftBatch:
         """The batch on the run's device in the type of its weights."""

@@ -1,7 +1,9 @@
 """What a step costs: operations by part, memory at its peak, and what a device could do."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +13,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drift_accel.training.step_parts import PartMeter, metered_parts, step_part
 
-# Dense matrix products in TFLOP/s as the makers state them, without sparsity: (bfloat16, float32). By part of the device's name;
-# the first that fits counts.
+# Dense matrix products in TFLOP/s as the makers state them, without sparsity: (bfloat16, TF32, float32). By part of the device's
+# name; the first that fits counts. Without a TF32 unit float32's number stands for it.
 PEAK_TFLOPS = {
-    "H200": (989.0, 67.0), "H100 PCIe": (756.0, 51.0), "H100": (989.0, 67.0), "B200": (2250.0, 75.0), "A100": (312.0, 19.5),
-    "L40S": (362.0, 91.6), "RTX 4090": (165.2, 82.6), "A10G": (70.0, 31.2), "V100": (125.0, 15.7),
+    "H200 NVL": (835.5, 417.5, 60.0), "H200": (989.0, 494.5, 67.0), "H100 PCIe": (756.0, 378.0, 51.0),
+    "H100 NVL": (835.0, 417.5, 60.0), "H100": (989.0, 494.5, 67.0), "H800": (989.0, 494.5, 67.0),
+    "GB200": (2500.0, 1250.0, 80.0), "B200": (2250.0, 1125.0, 75.0), "A100": (312.0, 156.0, 19.5), "A800": (312.0, 156.0, 19.5),
+    "L40S": (362.0, 183.0, 91.6), "RTX 4090": (165.2, 82.6, 82.6), "A10G": (70.0, 35.0, 31.2), "V100": (125.0, 15.7, 15.7),
 }  # fmt: skip
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second that `device` reaches at best in a run's precision; None where that is not known."""
+    """Operations a second that `device` reaches at best in a run's precision; None where that is not known.
+
+    In float32 convolutions use TF32 unless torch was told otherwise, and then so does the peak: no share is above 1.
+    """
     if device.type != "cuda" or precision == "float64":
         return None
     name = torch.cuda.get_device_name(device)
-    for part, (half, single) in PEAK_TFLOPS.items():
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    rounds = any(switch.fp32_precision == "tf32" for switch in switches)
+    for part, (half, rounded, single) in PEAK_TFLOPS.items():
         if part in name:
-            return 1e12 * (half if precision == "bfloat16" else single)
+            return 1e12 * (half if precision == "bfloat16" else rounded if rounds else single)
     return None
 
 
@@ -42,15 +51,39 @@ def count_operations(task, batch) -> dict[str, float]:
     recomputes = getattr(task.model, "is_gradient_checkpointing", False)
     if recomputes:
         task.model.disable_gradient_checkpointing()
-    counter = FlopCounterMode(display=False)
-    with counter, metered_parts(PartMeter(counter.get_total_flops)) as meter:
+
+    def forward_and_backward() -> None:
         loss, _ = task.compute(task.model, one, 0, diagnostics=False)
         with step_part("backward"):
             loss.backward()
+
+    with decoders_keep_activations(getattr(task, "specs", ())):
+        _, amounts = operations_of(forward_and_backward)
     if recomputes:
         task.model.enable_gradient_checkpointing()
     task.model.zero_grad(set_to_none=True)
-    return {name: float(amount) * num_labels for name, amount in meter.read().items()}
+    return {name: amount * num_labels for name, amount in amounts.items()}
+
+
+@contextmanager
+def decoders_keep_activations(specs) -> Iterator[None]:
+    """Inside the block decoders before encoders decode nothing twice, so that the least work is counted."""
+    decoders = [spec.decoder for spec in specs if getattr(spec.decoder, "checkpointing", False)]
+    for decoder in decoders:
+        decoder.checkpointing = False
+    try:
+        yield
+    finally:
+        for decoder in decoders:
+            decoder.checkpointing = True
+
+
+def operations_of(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What `work` returns, and the floating-point operations of its parts; those outside of any part are not counted."""
+    counter = FlopCounterMode(display=False)
+    with counter, metered_parts(PartMeter(counter.get_total_flops)) as meter:
+        result = work()
+    return result, {name: float(amount) for name, amount in meter.read().items()}
 
 
 def peak_allocation(work: Callable[[], object], device: torch.device) -> int:

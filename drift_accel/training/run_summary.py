@@ -71,4 +71,6 @@ def _how(configuration: Mapping[str, Any]) -> str:
             f"; guidance {guidance['mode']} in [{guidance['minimum']:g}, {guidance['maximum']:g}], temperatures "
             f"{', '.join(map(str, drift['temperatures']))}, statistics {configuration['statistics']}"
         )
+        if configuration.get("positives", {}).get("choice", "random") != "random":
+            text += f", {configuration['positives']['choice']} positives"
     return text

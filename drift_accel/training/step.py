@@ -20,7 +20,15 @@ from drift_accel.drift import (
     drift_losses,
     negative_weight,
 )
-from drift_accel.drift.encoders import GLOBAL_KEY, EncoderSpec, as_specs, encoder_features, key_weight
+from drift_accel.drift.encoders import (
+    GLOBAL_KEY,
+    EncoderSpec,
+    as_specs,
+    decoded_images,
+    encoder_features,
+    has_decoder,
+    key_weight,
+)
 from drift_accel.training.step_parts import step_part
 
 Encoders = nn.Module | EncoderSpec | Sequence[EncoderSpec]
@@ -30,6 +38,8 @@ Encoders = nn.Module | EncoderSpec | Sequence[EncoderSpec]
 class DriftBatch:
     """Everything a step draws: labels [L], guidance_scale [L], positives [L,P,C,H,W], negatives [L,N,C,H,W],
     noise [L*G,C,H,W], style_indices [L*G,K]. guidance_weighs False: the negatives weigh 0 whatever the guidance.
+    positive_images [L,P,3,H,W] and negative_images [L,N,3,H,W] are what encoders behind a decoder see of the real latents; None:
+    the latents decoded.
 
     Raises ValueError where the shapes do not fit together.
     """
@@ -41,9 +51,18 @@ class DriftBatch:
     noise: Tensor
     style_indices: Tensor
     guidance_weighs: bool = True
+    positive_images: Tensor | None = None
+    negative_images: Tensor | None = None
 
     def __post_init__(self):
         num_labels = self.labels.shape[0]
+        for name in ("positive", "negative"):
+            images, latents = getattr(self, f"{name}_images"), getattr(self, f"{name}s")
+            if (images is None) != (self.positive_images is None):
+                raise ValueError("give positive_images and negative_images, or neither of them")
+            if images is not None and images.shape[:2] != latents.shape[:2]:
+                shapes = f"{list(images.shape)}: wanted one image for each of {list(latents.shape[:2])} latents"
+                raise ValueError(f"{name}_images has shape {shapes}")
         for name in ("guidance_scale", "positives", "negatives"):
             given = getattr(self, name).shape
             if given[0] != num_labels:
@@ -140,7 +159,10 @@ def step_problems(
     with step_part("encoder"):
         with torch.no_grad():
             real = torch.cat([batch.positives, batch.negatives], dim=1).flatten(0, 1)  # [L*(P+N),C,H,W]
-            real_features = all_features(specs, real)  # {key: [L*(P+N),T,S]}
+            seen = None
+            if batch.positive_images is not None:
+                seen = torch.cat([batch.positive_images, batch.negative_images], dim=1).flatten(0, 1)  # [L*(P+N),3,H,W]
+            real_features = all_features(specs, real, seen)  # {key: [L*(P+N),T,S]}
         generated_features = all_features(specs, generated)  # {key: [L*G,T,S]}
         weight = batch.negative_weight()
         return {
@@ -169,10 +191,20 @@ def step_loss(
         return StepResult(loss, step_metrics(loss, key_losses, results), {key: r.statistics for key, r in results.items()})
 
 
-def all_features(specs: Sequence[EncoderSpec], images: Tensor) -> dict[str, Tensor]:
-    """The encoders' keys and `global`: {key: [B,T,S]}. `global` and `norm_x` keep full precision under autocast."""
+def all_features(specs: Sequence[EncoderSpec], images: Tensor, seen: Tensor | None = None) -> dict[str, Tensor]:
+    """The encoders' keys and `global`: {key: [B,T,S]}. `global` and `norm_x` keep full precision under autocast.
+
+    `seen` [B,3,H,W] takes the place of what decoders make of `images`.
+    """
     images = images.float() if images.dtype in (torch.bfloat16, torch.float16) else images
-    keys = encoder_features(specs, images)
+    if not has_decoder(specs):
+        decoded = {}
+    elif seen is not None:
+        decoded = {id(spec.decoder): seen for spec in specs}
+    else:
+        with step_part("vae"):
+            decoded = decoded_images(specs, images)
+    keys = encoder_features(specs, images, decoded)
     keys[GLOBAL_KEY] = images.flatten(1).unsqueeze(1)
     return keys
 

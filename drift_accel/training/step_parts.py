@@ -3,24 +3,33 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.profiler import record_function
 
-PARTS = ("data", "transfer", "generator", "encoder", "drift", "backward", "optimiser", "ema")
+PARTS = ("data", "transfer", "vae", "generator", "encoder", "drift", "backward", "optimiser", "ema")
 
 
 class PartMeter:
-    """How much a counter that only rises (a clock, a count of operations) rose within each part; parts do not overlap."""
+    """How much a counter that only rises (a clock, a count of operations) rose within each part.
+
+    A part inside another counts for itself alone, so that the amounts add up to the whole.
+    """
 
     def __init__(self, counter: Callable[[], float]):
         self.counter = counter
         self._amounts: dict[str, float] = defaultdict(float)
+        self._inside = 0.0  # what the parts inside the current one took
 
-    def add(self, name: str, amount: float) -> None:
-        """Count for a part."""
-        self._amounts[name] += amount
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens inside the block for the part `name`."""
+        outer, self._inside, before = self._inside, 0.0, self.counter()
+        yield
+        amount = self.counter() - before
+        self._amounts[name] += amount - self._inside
+        self._inside = outer + amount
 
     def read(self) -> dict[str, float]:
         """Amounts by part since the last call."""
@@ -56,11 +65,5 @@ def metered_parts(meter: PartMeter) -> Iterator[PartMeter]:
 @contextmanager
 def step_part(name: str) -> Iterator[None]:
     """Mark what runs inside the block as the part `name` of a step."""
-    meter = _meter
-    with record_function(name):
-        if meter is None:
-            yield
-            return
-        before = meter.counter()
+    with record_function(name), nullcontext() if _meter is None else _meter.part(name):
         yield
-        meter.add(name, meter.counter() - before)
