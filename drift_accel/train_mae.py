@@ -15,6 +15,7 @@ from drift_accel.data.subset import BalancedSubset
 from drift_accel.foundation.collectives import process_index, world_group
 from drift_accel.foundation.command_line import configuration_text, parse_command, plain_errors
 from drift_accel.models.configuration import MaskedAutoencoderConfig
+from drift_accel.training.averages import export_names
 from drift_accel.training.configuration import TrainingConfig, require_positive
 from drift_accel.training.exports import finish_run
 from drift_accel.training.initial_weights import find_initial_weights
@@ -27,13 +28,14 @@ from drift_accel.training.launch import (
     start_accelerator,
 )
 from drift_accel.training.loop import Hooks, resume, start_state, train
-from drift_accel.training.mae_task import ClassifierConfig, MaeTask
+from drift_accel.training.mae_task import ClassifierConfig, MaeTask, is_classifier_phase
 from drift_accel.training.mae_validation import MaeValidation, MaeValidationConfig
 from drift_accel.training.networks import compile_blocks, lay_out_encoder, require_master_weights
 from drift_accel.training.online_mae_task import OnlineMaeTask
 from drift_accel.training.profiling import StepProfiler, parse_steps
 from drift_accel.training.state import TrainingState
 from drift_accel.training.stops import StopWishes
+from drift_accel.training.utilisation import encoder_step_flops, seconds_at_peak
 
 # What --debug sets.
 DEBUG_VALUES = {
@@ -77,6 +79,12 @@ class MaeTrainingConfig(TrainingConfig):
         keys = (*super().may_change, "accumulate", "validation")
         keys = (*keys, "data.path") if self.data.source == "cache" else keys  # its content is compared by its hash
         return tuple(key for key in keys if key != "steps") if self.classifier.steps else keys
+
+    @property
+    def export_names(self) -> dict[float, str]:
+        """A classifier phase from another run's weights is exported apart, as encoder_cls."""
+        phase = is_classifier_phase(self.init_from, self.classifier.steps, self.steps)
+        return export_names(self.ema.decays, classifier_phase=phase)
 
     def check_launch(self, num_processes: int) -> None:
         """Also refuse a batch that the launched processes cannot share."""
@@ -207,10 +215,11 @@ def run_training(config: MaeTrainingConfig, output_dir: Path) -> None:
         require_master_weights(state.model, state.optimizer, TORCH_TYPES[config.precision])
         if config.profile_steps is not None and accelerator.is_main_process:
             state.profiler = StepProfiler(run, parse_steps(config.profile_steps))
+        state.seconds_at_peak = seconds_at_peak(config, accelerator, lambda: encoder_step_flops(config))
         resume(state, run, accelerator.print)
         first_step = state.step
         train(state, config, run, make_hooks(config, source, held_out))
-        finish_run(run, state, first_step, describe_source(source))
+        finish_run(run, state, first_step, describe_source(source), config.export_names)
 
     closing_notes(run, accelerator, work, max_hours=config.max_hours)
     accelerator.end_training()

@@ -11,6 +11,7 @@ export ENCODER=${ENCODER:-runs/mae_latent_256/exports/ema_0.9995}  # train_mae's
 export RUN=${RUN:-runs/ablation_b2}  # the run's folder
 # You may set:
 export NUM_GPUS=${NUM_GPUS:-}  # default: all of this machine; the step stays the same
+export NUM_MACHINES=${NUM_MACHINES:-1}  # several: also MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT, see multi_node.sh
 export SHARDING=${SHARDING:-ddp}  # ddp, or fsdp2: weights and optimiser split over the GPUs
 export LABELS_PER_SLICE=${LABELS_PER_SLICE:-}  # default: the recipe's; fewer need less memory
 exec bash "$(dirname "${BASH_SOURCE[0]}")/train_recipe.sh" train_configs/ablation_b2.yaml 256 "$@"

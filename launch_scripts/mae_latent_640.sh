@@ -3,7 +3,7 @@
 # The same command goes on after an interruption.
 #   bash launch_scripts/mae_latent_640.sh [--key value ...]   more options go to the trainer, for example --compile blocks
 #   NUM_MACHINES=4 MACHINE_RANK=0 MAIN_ADDRESS=node0 bash launch_scripts/mae_latent_640.sh   on each machine, with its own rank
-# A classifier phase of its own, from a finished encoder into another folder:
+# A classifier phase of its own, from a finished encoder into another folder (the result: its exports/encoder_cls):
 #   INIT_FROM=runs/mae_latent_640/exports/ema_0.9995 RUN=runs/mae_latent_640_cls bash launch_scripts/mae_latent_640.sh
 set -euo pipefail
 # You must set (here, or in the environment):

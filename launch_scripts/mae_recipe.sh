@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the encoders' scripts share: trains or goes on, on this machine or on several. Call one of them (mae_latent_256.sh,
-# mae_latent_640.sh, mae_pixel_640.sh), which says what to set.
+# What the encoders' scripts share: checks, then trains or goes on, on this machine or on several. Call one of them
+# (mae_latent_256.sh, mae_latent_640.sh, mae_pixel_640.sh), which says what to set.
 #   bash launch_scripts/mae_recipe.sh RECIPE [--key value ...]
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
@@ -39,8 +39,12 @@ echo "mae_recipe: $batch images a step on $total GPU(s), $here each in $parts pa
 if [ "$machines" -gt 1 ]; then
   exec env PROCESSES_PER_MACHINE="$gpus" bash launch_scripts/multi_node.sh train_mae "${options[@]}"
 fi
-# One process needs no launcher, which would keep SIGTERM to itself.
-[ "$gpus" -gt 1 ] || exec "$python" -m drift_accel.train_mae "${options[@]}" --num_processes "$total"
+options+=(--num_processes "$total")
 launch=("$python" -m accelerate.commands.launch --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
-launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}")
-exec "${launch[@]}" -m drift_accel.train_mae "${options[@]}" --num_processes "$total"
+[ "$gpus" -eq 1 ] || launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}")
+[ -z "${ACCELERATE_CONFIG:-}" ] || launch=("$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" --num_processes "$gpus")
+case " $* " in *" --dry_run "*) SKIP_PREFLIGHT=1 ;; esac
+[ -n "${SKIP_PREFLIGHT:-}" ] || "${launch[@]}" tools/preflight.py "${options[@]}"
+# One process needs no launcher, which would keep SIGTERM to itself.
+[ "$gpus" -gt 1 ] || [ -n "${ACCELERATE_CONFIG:-}" ] || exec "$python" -m drift_accel.train_mae "${options[@]}"
+exec "${launch[@]}" -m drift_accel.train_mae "${options[@]}"

@@ -12,6 +12,7 @@ export RUN=${RUN:-runs/pixel_l16}  # the run's folder
 # ConvNeXt-V2 base lies in weights/convnextv2-base, or where the recipe's more_encoders says.
 # You may set:
 export NUM_GPUS=${NUM_GPUS:-}  # default: all of this machine; the step stays the same
+export NUM_MACHINES=${NUM_MACHINES:-1}  # several: also MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT, see multi_node.sh
 export SHARDING=${SHARDING:-ddp}  # ddp, or fsdp2: weights and optimiser split over the GPUs
 export LABELS_PER_SLICE=${LABELS_PER_SLICE:-}  # default: the recipe's; fewer need less memory
 exec bash "$(dirname "${BASH_SOURCE[0]}")/train_recipe.sh" train_configs/pixel_l16.yaml 640 "$@"

@@ -3,7 +3,8 @@
 #   sbatch launch_scripts/slurm.sh train --config train_configs/latent_l2.yaml --output_dir /shared/runs/latent_l2 [--key value ...]
 # Ten minutes before its time is over, the job gets SIGUSR1: the run writes a checkpoint and ends, and the job is put into the queue
 # again, where it goes on. After a node failure SLURM does the same. Set below what your cluster wants (partition, account, time).
-# --output_dir, data and encoder must lie on a file system that all nodes share.
+# --output_dir, data and encoder must lie on a file system that all nodes share. Each turn begins with tools/preflight.py on all
+# processes (multi_node.sh says more); a job that it refuses ends without another turn.
 #SBATCH --job-name=drift_accel
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -35,8 +36,9 @@ if [ "${1:-}" = node ]; then # what srun starts on each node
   # Ignored signals are inherited: the launcher and trainers that are still starting survive one; running trainers catch it.
   (trap '' USR1; exec bash launch_scripts/multi_node.sh "$@") &
   launcher=$!
-  # The launcher knows nothing of SIGUSR1; its children are the trainers, who do.
-  trap 'pkill -USR1 -P "$launcher" || true' USR1
+  # The launcher knows nothing of SIGUSR1; its children are the trainers, who do. During the check, and while they start, nobody
+  # hears it: it is said again until the launcher has ended, and a trainer minds the first one alone.
+  trap 'trap "" USR1; while kill -0 "$launcher" 2>/dev/null; do pkill -USR1 -P "$launcher" || true; sleep 5; done &' USR1
   wait_for "$launcher"
   exit
 fi
@@ -50,7 +52,7 @@ for argument in "$@"; do
 done
 [ -n "$run" ] || { echo "slurm: --output_dir is missing: name the folder of the run" >&2; exit 2; }
 MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-MAIN_PORT=${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # two jobs on one node must not meet
+MAIN_PORT=${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 10000 * 2))} # two jobs on one node must not meet; each takes two ports
 export MAIN_ADDRESS MAIN_PORT
 
 # srun does not take over sbatch's --cpus-per-task since SLURM 22.05.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the recipes' scripts share: checks this machine, then trains or goes on. Call one of them (ablation_b2.sh, latent_b2.sh,
-# latent_l2.sh, pixel_b16.sh, pixel_l16.sh), which says what to set.
+# What the recipes' scripts share: checks, then trains or goes on, on this machine or on several. Call one of them
+# (ablation_b2.sh, latent_b2.sh, latent_l2.sh, pixel_b16.sh, pixel_l16.sh), which says what to set.
 #   bash launch_scripts/train_recipe.sh RECIPE ENCODER_WIDTH [--key value ...]
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,4p' "$0" >&2; exit 2; }
@@ -16,17 +16,30 @@ done
 gpus=${NUM_GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)}
 [ "$gpus" -gt 0 ] || { echo "train_recipe: no GPU found; set NUM_GPUS" >&2; exit 1; }
 
+machines=${NUM_MACHINES:-1}
+total=$((gpus * machines))
+
 launch=("$python" -m accelerate.commands.launch --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
 case "${SHARDING:-ddp}" in
-  ddp) [ "$gpus" -eq 1 ] || launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}") ;;
-  fsdp2) launch+=(--use_fsdp --fsdp_version 2 --main_process_port "${MAIN_PORT:-0}") ;;
+  ddp)
+    sharding=
+    [ "$gpus" -eq 1 ] || launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}") ;;
+  fsdp2)
+    sharding="--use_fsdp --fsdp_version 2"
+    launch+=(--use_fsdp --fsdp_version 2 --main_process_port "${MAIN_PORT:-0}") ;;
   *) echo "train_recipe: SHARDING is $SHARDING: choose ddp or fsdp2" >&2; exit 2 ;;
 esac
-options=(--config "$recipe" --data.path "$CACHE" --encoder.path "$ENCODER" --output_dir "$RUN" --num_processes "$gpus")
+[ -z "${ACCELERATE_CONFIG:-}" ] || launch=("$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" --num_processes "$gpus")
+options=(--config "$recipe" --data.path "$CACHE" --encoder.path "$ENCODER" --output_dir "$RUN" --num_processes "$total")
 [ -z "${LABELS_PER_SLICE:-}" ] || options+=(--batch.labels_per_slice "$LABELS_PER_SLICE")
 options+=("$@")
+if [ "$machines" -gt 1 ]; then
+  exec env PROCESSES_PER_MACHINE="$gpus" LAUNCH_OPTIONS="$sharding ${LAUNCH_OPTIONS:-}" \
+    PREFLIGHT_OPTIONS="--encoder_width $width ${PREFLIGHT_OPTIONS:-}" bash launch_scripts/multi_node.sh train "${options[@]}"
+fi
 
+case " $* " in *" --dry_run "*) SKIP_PREFLIGHT=1 ;; esac
 [ -n "${SKIP_PREFLIGHT:-}" ] || "${launch[@]}" tools/preflight.py --encoder_width "$width" "${options[@]}"
 # One process needs no launcher, which would keep SIGTERM to itself.
-[ "$gpus" -gt 1 ] || [ "${SHARDING:-ddp}" != ddp ] || exec "$python" -m drift_accel.train "${options[@]}"
+[ "$gpus" -gt 1 ] || [ "${SHARDING:-ddp}" != ddp ] || [ -n "${ACCELERATE_CONFIG:-}" ] || exec "$python" -m drift_accel.train "${options[@]}"
 exec "${launch[@]}" -m drift_accel.train "${options[@]}"

@@ -111,8 +111,11 @@ def test_operations_are_those_of_all_labels_without_recomputation():
 def test_peaks_of_known_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     cuda = torch.device("cuda")
-    assert peak_flops(cuda, "bfloat16") == 756e12 and peak_flops(cuda, "float32") == 51e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_flops(cuda, "bfloat16") == 989e12
+    assert peak_flops(cuda, "bfloat16") == 756e12 and peak_flops(cuda, "float32") == 378e12, "convolutions use TF32"
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    assert peak_flops(cuda, "float32") == 51e12
+    for name, peak in (("H100 80GB HBM3", 989e12), ("H200 NVL", 835.5e12), ("GH200 480GB", 989e12), ("GB200", 2500e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: f"NVIDIA {name}")
+        assert peak_flops(cuda, "bfloat16") == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Unheard of")
     assert peak_flops(cuda, "bfloat16") is None and peak_flops(torch.device("cpu"), "float32") is None

@@ -12,6 +12,8 @@ from torch import distributed
 
 from drift_accel.foundation import collectives
 from drift_accel.foundation.collectives import (
+    SharedWork,
+    SharedWorkError,
     gather_text,
     packed_all_reduce,
     process_index,
@@ -75,6 +77,28 @@ def refuse():
     raise ValueError("the disk is full")
 
 
+# Where shared work of two stages fails: {name: (process, stage)}.
+FAULTS = {"nowhere": (None, None), "first stage": (1, 0), "second stage": (0, 1), "after the last wait": (1, 2)}
+
+
+def shared_work(process: int, group, fault: tuple[int | None, int | None]) -> str:
+    work = SharedWork(group)
+
+    def stages() -> str:
+        for stage in range(2):
+            if fault == (process, stage):
+                raise OSError(f"disk {process} is full")
+            work.wait()
+        if fault == (process, 2):
+            raise OSError(f"disk {process} is full")
+        return "done"
+
+    try:
+        return work.run(stages)
+    except SharedWorkError as error:
+        return f"{error.kind} | {error}"
+
+
 def process_main(process: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=NUM_PROCESSES)
@@ -116,6 +140,7 @@ def process_main(process: int, folder: str) -> None:
     report["called"] = called
     report["failed_on_main"] = refusal(lambda: run_on_main(refuse, group))
     report["texts"] = gather_text(f"text {process}", group)
+    report["shared"] = {name: shared_work(process, group, fails_at) for name, fails_at in FAULTS.items()}
     Path(folder, f"report_{process}.json").write_text(json.dumps(report))
     # The report is written: what follows only keeps the other process's connections open until it is done too. gloo's threads
     # can abort while a process that was loaded winds down, so it ends here.
@@ -153,6 +178,20 @@ def test_work_of_the_main_process_reaches_all_or_stops_all(reports):
         assert report["texts"] == ["text 0", "text 1"]
     assert reports[0]["failed_on_main"] == "ValueError: the disk is full"
     assert reports[1]["failed_on_main"] == "RuntimeError: process 0 stopped with ValueError: the disk is full"
+
+
+@pytest.mark.multiprocess
+def test_a_fault_in_shared_work_ends_it_for_all(reports):
+    for report in reports:
+        assert report["shared"]["nowhere"] == "done"
+        assert report["shared"]["first stage"] == "OSError | process 1, OSError: disk 1 is full"
+        assert report["shared"]["second stage"] == "OSError | process 0, OSError: disk 0 is full"
+        assert report["shared"]["after the last wait"] == "OSError | process 1, OSError: disk 1 is full"
+
+
+def test_shared_work_of_one_process():
+    assert shared_work(0, None, (None, None)) == "done"
+    assert shared_work(0, None, (0, 1)) == "OSError | OSError: disk 0 is full"
 
 
 @pytest.mark.multiprocess

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 import os
@@ -29,7 +30,8 @@ from drift_accel.foundation.command_line import configuration_dict, parse_comman
 from drift_accel.models.configuration import EncoderConfig, load_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "train_configs").rglob("*.yaml"))
+# Those in folders are no recipes by themselves: tests/test_ablation_recipes.py, tests/test_studies.py.
+RECIPES = sorted((ROOT / "train_configs").glob("*.yaml"))
 COMMANDS = {"train": train, "train_mae": train_mae}
 ROOTS = {"train": train.GeneratorTrainingConfig, "train_mae": train_mae.MaeTrainingConfig}
 # What the cases below change, apart from the recipes, whose values are tuned.
@@ -89,6 +91,9 @@ def touch_nothing(monkeypatch):
         forbid(command, "start_accelerator")
         forbid(command, "open_run")
     forbid(train, "load_encoders")
+    forbid(train, "prepare_evaluation")
+    find_spec = importlib.util.find_spec  # for no case does it matter whether wandb is installed here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find_spec(name, *more))
     forbid(data_sources, "load_digits")
     forbid(torch.nn.Module, "__init__")
 
@@ -229,9 +234,30 @@ ON_THE_COMMAND_LINE = [
     ("train", "--overfit_one_batch --data.queue.push 4", ["overfit_one_batch is true", "data.queue to null"]),
     ("train", "--decoder.batch 0", ["decoder.batch is 0"]),
     ("train", "--decoder.dtype float16", ["decoder.dtype is 'float16'"]),
+    ("train", "--decoder.real_images pixels", ["decoder.real_images is 'pixels'", "without decoder.vae"]),
+    ("train", "--positives.choice closest", ["positives.choice is 'closest'", "random, nearest, farthest"]),
+    ("train", "--positives.map layer1", ["positives.map is 'layer1'", "leave it out"]),
+    ("train", "--positives.choice nearest --data.queue.push 4", ["positives.choice is 'nearest'", "data.queue to null"]),
     ("train", "--drift.keep_distances sometimes", ["drift.keep_distances is 'sometimes'", "always"]),
     ("train", "--log.trackers [crystal]", ["log.trackers holds ['crystal']", "wandb"]),
     ("train", "--log.trackers [wandb]", ["wandb", "install"]),
+    ("train", "--log.peak_tflops 0", ["log.peak_tflops is 0.0", "null"]),
+    ("train", "--log.peak_tflops .nan", ["log.peak_tflops is nan"]),
+    ("train", "--evaluation.every 0", ["evaluation.every is 0", "null"]),
+    ("train", "--evaluation.every 60", ["evaluation.every is 60", "multiple of log.every, 50"]),
+    ("train", "--evaluation.ema 0.5", ["evaluation.ema is 0.5", "ema.decays [0.999]"]),
+    ("train", "--evaluation.num_samples 0", ["evaluation.num_samples is 0"]),
+    ("train", "--evaluation.network_batch 0", ["evaluation.network_batch is 0"]),
+    ("train", "--evaluation.num_reference_images 0", ["evaluation.num_reference_images is 0"]),
+    ("train", "--evaluation.vae_batch 0", ["evaluation.vae_batch is 0"]),
+    ("train", "--evaluation.vae_dtype int8", ["evaluation.vae_dtype is 'int8'", "bfloat16"]),
+    ("train", "--evaluation.sanity_samples -1", ["evaluation.sanity_samples is -1", "0 for none"]),
+    ("train", "--evaluation.protocol fid", ["evaluation.protocol", "'fid'", "legacy_tensorflow"]),
+    ("train", "--evaluation.metrics [fid]", ["evaluation.metrics is ('fid',)", "frechet"]),
+    ("train", "--evaluation.metrics []", ["evaluation.metrics is ()"]),
+    ("train", "--evaluation.guidance_scale 0.9", ["evaluation.guidance_scale is 0.9"]),
+    ("train", "--evaluation.guidance_scale .inf", ["evaluation.guidance_scale is inf"]),
+    ("train", "--evaluation.seed -1", ["evaluation.seed is -1"]),
     ("train", """--more_encoders [{"path":"a"}]""", ["encoders are called ['encoder'] more than once"]),
     ("train", "--batch.labels_per_slice 0", ["batch.labels_per_slice is 0", "null"]),
     ("train", "--data.max_rows 0", ["data.max_rows is 0"]),
@@ -373,6 +399,8 @@ ON_THE_COMMAND_LINE = [
     ("train", "--encoder.path=", ["encoder.path is empty"]),
     ("train", "--encoder.kind vit", ["encoder.kind is 'vit'", "convnextv2"]),
     ("train", "--encoder.architecture resnet18", ["encoder.architecture is 'resnet18'", "kind resnet", "leave it out"]),
+    ("train", "--encoder.preset huge", ["encoder.preset is 'huge'", "latent-640", "or null"]),
+    ("train", "--encoder.preset tiny --encoder.kind dinov2", ["encoder.preset is 'tiny'", "kind mae", "leave it out"]),
     ("train", "--encoder.kind code", ["would run", "encoder.allow_code"]),
     ("train", "--encoder.name a/b", ["encoder.name is 'a/b'"]),
     ("train", "--encoder.weight 0", ["encoder.weight of encoder is 0.0"]),

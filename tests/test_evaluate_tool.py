@@ -104,9 +104,10 @@ def test_an_inception_protocol_from_pictures_to_a_line(place, tmp_path, monkeypa
     network = ("--protocol", "release", "--run_torchscript", "--network_batch", 4, "--cpu")
     command = (tmp_path / "fake.npz", *network, "--reference_images", tmp_path / "real", "--output", tmp_path / "r.json")
     printed = call_tool("evaluate", *command, "--metrics", "inception_score,precision_recall,kid")
-    assert "inception_score 1" in printed and "release, as given" in printed
+    assert "inception_score 1" in printed and "release, truncate" in printed  # as the file says
     result = load_result(tmp_path / "r.json")
     assert result["reference"]["features_from"]["num_pictures"] == 12 and result["num_generated"] == 12
+    assert result["model"]["step"] == 20 and result["generated"]["guidance_scale"] == 1 and result["generated"]["seed"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fake.npz", "networks", "r.json", "real"]
 
 

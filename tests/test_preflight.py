@@ -84,7 +84,7 @@ def test_an_encoder_whose_weights_are_of_another_width(check, encoder, tmp_path)
 def test_an_encoder_of_other_channels(check, tmp_path):
     write_encoder(tmp_path / "colours", channels=3)
     status, _, problems = check("--encoder.path", str(tmp_path / "colours"))
-    assert status == 1 and "takes 3 channels but the generator makes 1" in problems[0]
+    assert status == 1 and len(problems) == 1 and "takes 3 channels but the generator makes 1" in problems[0]
 
 
 def test_a_missing_extension(monkeypatch):
@@ -108,6 +108,20 @@ def test_a_full_disk(check, monkeypatch):
     status, _, problems = check()
     assert status == 1
     assert len(problems) == 1 and "0.000 GB are free" in problems[0] and "checkpoint.keep_last" in problems[0]
+
+
+def test_an_evaluation_without_its_reference(check, tmp_path):
+    status, _, problems = check("--evaluation.reference", str(tmp_path / "none.npz"))
+    assert status == 1 and len(problems) == 1 and "none.npz does not exist" in problems[0]
+    assert check("--evaluation.reference", str(tmp_path / "none.npz"), "--evaluation.every", "null")[0] == 0
+
+
+def test_an_encoders_pretraining_is_checked_with_its_own_data(tmp_path, capsys):
+    arguments = ["--config", ROOT / "train_configs/mae_digits.yaml", "--output_dir", tmp_path / "run", "--device", "cpu"]
+    assert run_tool("preflight", *arguments) == 0
+    pictures = ["--data.source", "images", "--data.path", str(tmp_path / "none"), "--validation.every", "null"]
+    assert run_tool("preflight", *arguments, *pictures) == 1
+    assert f"problem: data: {tmp_path / 'none'}" in capsys.readouterr().out
 
 
 def test_labels_that_the_processes_cannot_share(check):
@@ -159,6 +173,83 @@ def test_two_processes_meet_and_are_mapped(tmp_path, encoder):
     host = socket.gethostname()
     assert f"rank 0          {host}, process" in result.stdout and f"rank 1          {host}, process" in result.stdout
     assert "16 MB summed over 2 processes" in result.stdout and result.stdout.count("\nready") == 1
+
+
+# What one process finds stops all of them.
+
+
+def meet_and_conclude(rank: int, failed: bool, port: int) -> subprocess.Popen:
+    """A process of two that meets the other one, and prints whether any of them failed."""
+    places = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = f"from drift_accel.training.rendezvous import meet; print(meet(60).conclude({failed}, 60))"
+    environment = {**launch_environment(), **places}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("failed", [(False, False), (True, False)], ids=["none", "the first"])
+def test_all_processes_know_of_a_problem_of_one(failed):
+    port = _free_port()
+    processes = [meet_and_conclude(rank, flag, port) for rank, flag in enumerate(failed)]
+    assert [process.communicate(timeout=120)[0].split()[-1] for process in processes] == [str(any(failed))] * 2
+
+
+FAKE_ACCELERATE = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in *preflight*) exit "${PREFLIGHT_RESULT:-0}" ;; esac
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Runs multi_node.sh as machine `rank` of two in front of a stand-in for accelerate: (result, the calls)."""
+    accelerate = tmp_path / "accelerate"
+    accelerate.write_text(FAKE_ACCELERATE)
+    accelerate.chmod(0o755)
+
+    def run(rank: int, *arguments: str, **variables: str):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        own = {"MACHINE_RANK": str(rank), "MAIN_ADDRESS": "127.0.0.1", "PROCESSES_PER_MACHINE": "8", "CALLS": str(calls)}
+        environment = {"PATH": os.environ["PATH"], "ACCELERATE": str(accelerate), **own, **variables}
+        command = ["bash", str(ROOT / "launch_scripts/multi_node.sh"), "train", "--config", "x.yaml", *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return result, calls.read_text().splitlines()
+
+    return run
+
+
+def test_a_job_on_several_machines_is_checked_by_all_processes_before_it_trains(machine):
+    result, calls = machine(0, "--seed", "3", MAIN_PORT="29500", PREFLIGHT_OPTIONS="--encoder_width 640")
+    assert result.returncode == 0, result.stderr
+    check, training = calls
+    assert "tools/preflight.py --encoder_width 640 --config x.yaml --seed 3 --num_processes 16" in check
+    assert "-m drift_accel.train --config x.yaml --seed 3 --num_processes 16" in training
+    assert "--main_process_port 29501" in check and "--main_process_port 29500" in training
+    for call in calls:
+        assert "--num_machines 2 --num_processes 16 --machine_rank 0" in call and "--rdzv_backend c10d" in call
+
+
+def test_a_job_that_is_not_ready_does_not_train(machine):
+    result, calls = machine(0, PREFLIGHT_RESULT="1")
+    assert result.returncode == 1 and len(calls) == 1 and "machine 0 is not ready" in result.stderr
+    result, calls = machine(0, PREFLIGHT_RESULT="1", SKIP_PREFLIGHT="1")
+    assert result.returncode == 0 and len(calls) == 1 and "-m drift_accel.train" in calls[0]
+    _, calls = machine(0, "--dry_run")
+    assert len(calls) == 1 and "-m drift_accel.train" in calls[0]
+
+
+def test_a_machine_waits_for_the_first_one_and_says_so(machine):
+    port = _free_port()
+    result, calls = machine(1, MAIN_PORT=str(port - 1), WAIT_SECONDS="1")
+    assert result.returncode == 1 and calls == []
+    assert f"machine 0 did not serve 127.0.0.1:{port} within 1 s" in result.stderr
+    with socket.socket() as check, socket.socket() as training:
+        for listener, number in ((training, port - 1), (check, port)):
+            listener.bind(("127.0.0.1", number))
+            listener.listen()
+        result, calls = machine(1, MAIN_PORT=str(port - 1), WAIT_SECONDS="5")
+    assert result.returncode == 0 and len(calls) == 2, result.stderr
 
 
 def test_it_reads_no_weights_of_the_run(check):

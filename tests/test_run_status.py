@@ -98,6 +98,13 @@ def test_step_pace_time_left_and_values(tmp_path):
     assert "no alarms" in printed
 
 
+def test_the_newest_evaluation_is_shown(tmp_path):
+    run = write_run(tmp_path / "run", last=200, **{"evaluation/fid": 12.5, "evaluation/kid": 0.25, "evaluation/kid_std": 0.1})
+    run.append_metrics({"step": 300, "loss": 5.0})
+    run.finish_notes("finished")
+    assert "\nevaluation after step 200: fid 12.5, kid 0.25\n" in call_tool("run_status", tmp_path / "run")
+
+
 def test_lasting_alarms_are_shown(tmp_path):
     write_run(tmp_path / "run", last=500, data_wait_share=0.9).finish_notes("finished")
     assert "ALARM data_starvation at step 400" in call_tool("run_status", tmp_path / "run")

@@ -22,7 +22,7 @@ STAND_INS = {
           rm -f "$SPOOL/requeued"
           (cd "$SPOOL" && exec bash "$copy" "$@") & job=$!
           if [ "$turn" = 0 ]; then
-            for _ in $(seq 1200); do
+            for _ in $(seq 2400); do
               [ -e "$METRICS" ] && [ "$(wc -l < "$METRICS")" -ge 5 ] && break
               kill -0 "$job" 2>/dev/null || break
               sleep 0.1
@@ -41,8 +41,6 @@ STAND_INS = {
         trap 'kill -USR1 "${pids[@]}"' USR1
         for node in $(seq 0 $((SLURM_NNODES - 1))); do
           SLURM_NODEID=$node SLURM_PROCID=$node "$@" & pids+=($!)
-          # The nodes are one machine here: accelerate on the first looks whether its port is free before it serves it.
-          for _ in $(seq 600); do (: < "/dev/tcp/127.0.0.1/$MAIN_PORT") 2>/dev/null && break; sleep 0.1; done
         done
         worst=0
         for pid in "${pids[@]}"; do
@@ -89,6 +87,9 @@ def test_two_nodes_train_stop_at_the_signal_and_go_on_in_the_next_turn(cluster, 
     result = subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "turn 0 ended with 0" in result.stdout and "turn 1 ended with 0" in result.stdout and "turn 2" not in result.stdout
+    # Each turn begins with a sum over all processes of the job.
+    assert result.stdout.count("16 MB summed over 2 processes") == 2 and result.stdout.count("\nready\n") == 2
+    assert re.search(r"rank 1 +\S+, process \d+, processor", result.stdout)
     records = metrics(tmp_path / "run")
     assert sorted(records) == list(range(1, 151)), "no step is missing, none appears twice"
     notes = (tmp_path / "run/RUN.md").read_text()
@@ -97,6 +98,19 @@ def test_two_nodes_train_stop_at_the_signal_and_go_on_in_the_next_turn(cluster, 
     assert re.search(r"stopped on request \(SIGUSR1", diary[1]) and "finished" in diary[3]
     calls = (tmp_path / "spool/calls").read_text().splitlines()
     assert len(calls) == 2 and all("--ntasks=2 --ntasks-per-node=1" in call for call in calls), "one task a node"
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_job_that_is_not_ready_trains_on_no_node_and_is_not_queued_again(cluster, tmp_path):
+    arguments = generator_arguments(tmp_path / "nowhere", tmp_path / "run", "--steps", "150")
+    command = ["sbatch", "launch_scripts/slurm.sh", "train", *arguments]
+    result = subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 1 and "turn 0 ended with 1" in result.stdout and "turn 1" not in result.stdout
+    assert f"problem: encoder: encoder.path {tmp_path / 'nowhere'}" in result.stdout and "not ready" in result.stdout
+    for machine in (0, 1):
+        assert f"multi_node: machine {machine} is not ready, or another one" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def submit(cluster, *arguments, cwd=ROOT):

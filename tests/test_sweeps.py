@@ -26,8 +26,10 @@ from drift_accel.evaluation.sweeps import (
     choose_steps,
     parse_guidance,
     points_of,
+    require_same_sweep,
     result_name,
     run_sweep,
+    write_table,
 )
 from drift_accel.evaluation.watching import WatchConfig, watch_run
 from drift_accel.evaluation.work_state import WorkState
@@ -133,6 +135,24 @@ def test_results_that_were_made_in_another_way_are_refused(evaluator):
     evaluator.metrics = MetricConfig(metrics=("frechet",), neighbours=5)
     with pytest.raises(ValueError, match="was made in another way:\n  settings: .*'neighbours': 3.* there, .*'neighbours': 5"):
         run_sweep(evaluator.run, plan, evaluator, log=lambda text: None)
+
+
+def test_the_table_of_another_sweep_is_not_written_over(tmp_path):
+    plan, path = make_plan(), tmp_path / "sweep.csv"
+    require_same_sweep(path, plan)
+    shared = {"ema": "ema_0.9", "num_samples": NUM_SAMPLES}
+    rows = [{"step": p.step, "guidance_scale": p.guidance_scale, **shared} for p in plan.points]
+    write_table(rows, path)
+    require_same_sweep(path, plan)  # the same sweep again, after a kill
+    require_same_sweep(path, make_plan(points_of([1.0, 2.0], [None], [None])))  # of an export, whose step is not known before
+    for other in (make_plan(points_of([1.0, 3.0], [10, 20], [None])), make_plan(points_of([1.0, 2.0], [20], [None]))):
+        with pytest.raises(ValueError, match="another sweep: give another --name"):
+            require_same_sweep(path, other)
+    with pytest.raises(ValueError, match="another sweep"):
+        require_same_sweep(path, make_plan(num_samples=NUM_SAMPLES + 1))
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="no table of a sweep|another sweep"):
+        require_same_sweep(path, plan)
 
 
 def test_the_tool_writes_table_and_curves(place, tmp_path):

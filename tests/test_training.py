@@ -139,6 +139,15 @@ def test_a_changed_configuration_is_refused(encoder, tmp_path):
         run_generator(encoder, run, "--steps", "2", "--optimizer.lr", "0.5")
 
 
+def test_the_drifts_backend_may_change_as_it_does_not_change_the_mathematics(encoder, tmp_path):
+    run = tmp_path / "run"
+    run_generator(encoder, run, "--steps", "1", "--drift.backend", "reference")
+    run_generator(encoder, run, "--steps", "2", "--drift.backend", "auto")
+    assert "backend: auto" in (run / "config.yaml").read_text() and list(metrics(run)) == [1, 2]
+    with pytest.raises(SystemExit, match='drift.coupling: "two_sided" -> "row"'):
+        run_generator(encoder, run, "--steps", "3", "--drift.coupling", "row")
+
+
 def test_a_non_finite_loss_stops_with_untouched_weights(encoder, tmp_path, monkeypatch):
     run, compute = tmp_path / "run", GeneratorTask.compute
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from drift_accel.data.latent_export import Workers
 from drift_accel.evaluation.evaluate import discard, evaluate_pictures, plan_metrics
 from drift_accel.evaluation.network_options import (
     add_metric_options,
@@ -23,6 +24,7 @@ from drift_accel.evaluation.picture_sources import open_pictures
 from drift_accel.evaluation.protocols import get_protocol
 from drift_accel.evaluation.results import MARKDOWN_HEADER, markdown_line, write_result
 from drift_accel.evaluation.sweeps import result_name
+from drift_accel.foundation.collectives import SharedWorkError
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.sampling.model_options import (
     add_model_options,
@@ -62,37 +64,42 @@ def main() -> None:
     parser, arguments = parse_arguments()
     accelerator, workers = start_workers(arguments.device)
     try:
-        config = asked_metrics(arguments)
-        trained, pictures = open_source(arguments, accelerator.device)
-        output = output_path(arguments, trained, len(pictures))
-        for path in (output, arguments.keep_images):
-            if path is not None and path.exists() and not arguments.overwrite:
-                raise ValueError(f"{path} exists: choose another, or add --overwrite")
-        network = asked_network(arguments, accelerator.device, spatial="sfid" in (config.metrics or ()))
-        work = output.with_name(f"{output.stem}.in_progress")
-        reference = asked_reference(arguments, network, work, workers)
-        plan_metrics(config, len(pictures), network, reference)
-        result = evaluate_pictures(
-            pictures,
-            network,
-            work,
-            reference=reference,
-            config=config,
-            model=None if trained is None else trained.origin,
-            keep_pixels=arguments.keep_images is not None,
-            workers=workers,
-            command=sys.argv,
-        )
-        if workers.is_main:
-            if arguments.keep_images is not None:
-                keep_images(SampleStore(work, pictures, network, keep_pixels=True), trained, arguments)
-            write_result(output, result, overwrite=arguments.overwrite)
-            discard(work)
-            print("\n".join([*(f"note: {text}" for text in result["warnings"]), MARKDOWN_HEADER, markdown_line(result)]))
-            print(f"result: {output}")
-    except (ValueError, OSError, ImportError) as error:
+        workers.together(lambda: evaluate(arguments, accelerator.device, workers))
+    except (ValueError, OSError, ImportError, SharedWorkError) as error:
         parser.error(str(error))
     accelerator.end_training()
+
+
+def evaluate(arguments: argparse.Namespace, device, workers: Workers) -> None:
+    """All of it, on every process. Raises ValueError, OSError and ImportError for what the user can mend."""
+    config = asked_metrics(arguments)
+    trained, pictures = open_source(arguments, device)
+    output = output_path(arguments, trained, len(pictures))
+    for path in (output, arguments.keep_images):
+        if path is not None and path.exists() and not arguments.overwrite:
+            raise ValueError(f"{path} exists: choose another, or add --overwrite")
+    network = asked_network(arguments, device, spatial="sfid" in (config.metrics or ()))
+    work = output.with_name(f"{output.stem}.in_progress")
+    reference = asked_reference(arguments, network, work, workers)
+    plan_metrics(config, len(pictures), network, reference)
+    result = evaluate_pictures(
+        pictures,
+        network,
+        work,
+        reference=reference,
+        config=config,
+        model=getattr(pictures, "origin", None) if trained is None else trained.origin,
+        keep_pixels=arguments.keep_images is not None,
+        workers=workers,
+        command=sys.argv,
+    )
+    if workers.is_main:
+        if arguments.keep_images is not None:
+            keep_images(SampleStore(work, pictures, network, keep_pixels=True), trained, arguments)
+        write_result(output, result, overwrite=arguments.overwrite)
+        discard(work)
+        print("\n".join([*(f"note: {text}" for text in result["warnings"]), MARKDOWN_HEADER, markdown_line(result)]))
+        print(f"result: {output}")
 
 
 def open_source(arguments: argparse.Namespace, device):

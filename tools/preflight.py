@@ -2,7 +2,8 @@
 
 Launched as the run will be, with the same options (--key value ...). Looks at versions, devices, the compiled drift op, messages
 between all processes (with a time limit and a map of who is where), disk space, and whether cache and encoder fit the
-configuration. Each problem is one line that says what to do. Exit code 0 where nothing is wrong, 1 otherwise.
+configuration. Each problem is one line that says what to do. Exit code 0 where nothing is wrong, 1 otherwise, on every process:
+the first one looks at most of it, and the others wait for what it finds.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from drift_accel import doctor, train, train_mae
 from drift_accel.data import open_source
+from drift_accel.data.online_images import open_encoder_data
 from drift_accel.drift.configuration import BackendError
 from drift_accel.drift.encoders import load_specs
 from drift_accel.drift.loss import require_backend
@@ -20,9 +22,11 @@ from drift_accel.foundation.command_line import parse_command
 from drift_accel.foundation.devices import find_device
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.foundation.storage import require_free_space
-from drift_accel.training.rendezvous import meet
+from drift_accel.training.rendezvous import Meeting, meet
+from drift_accel.training.retention import checkpoint_bytes, run_bytes
 
 RECORD_BYTES = 2e9  # metrics, events and pictures of a long run
+LONGEST_LOOK = 1800  # seconds that the first process may take for data and encoders
 
 
 def main() -> int:
@@ -44,21 +48,23 @@ def main() -> int:
     given = ["--config", str(arguments.config), *keys, "--dry_run"]
     config = parse_command(config_type, __doc__, given, debug_values=command.DEBUG_VALUES).config
     is_main = int(os.environ.get("RANK", "0")) == 0
-    problems = check_processes(config, arguments.timeout, is_main=is_main)
+    meeting = meet(arguments.timeout)
+    problems = check_processes(config, meeting, is_main=is_main)
     if is_main:
         problems += check_machine(config)
         problems += check_disk(config, command, arguments.output_dir)
-        problems += check_inputs(config, command, arguments.encoder_width)
+        problems += check_inputs(config, command, arguments.encoder_width, RunFolder(arguments.output_dir))
     for problem in problems:
         print(f"problem: {problem}", flush=True)
+    failed = meeting.conclude(bool(problems), LONGEST_LOOK)
     if is_main:
-        print(f"{len(problems)} problem(s): not ready" if problems else "ready", flush=True)
-    return 1 if problems else 0
+        found = f"{len(problems)} problem(s)" if problems else "another process found a problem"
+        print(f"{found}: not ready" if failed else "ready", flush=True)
+    return int(failed)
 
 
-def check_processes(config, seconds: float, *, is_main: bool) -> list[str]:
+def check_processes(config, meeting: Meeting, *, is_main: bool) -> list[str]:
     """Every process: does it have its device, do all meet?"""
-    meeting = meet(seconds)
     if is_main:
         for rank, where in sorted(meeting.ranks.items()):
             print(f"rank {rank:<11}{where}")
@@ -101,37 +107,32 @@ def check_disk(config, command, output_dir: Path) -> list[str]:
     network, group = (MaskedAutoencoder, config.mae) if command is train_mae else (Generator, config.generator)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in network(**group.arguments()).parameters())
-    tensors = 3 + len(config.ema.decays)  # weights, two moments, averages
-    if config.checkpoint.keep_every is not None:
-        kept = config.steps // config.checkpoint.keep_every
-    else:
-        kept = 0
-    kept += config.steps // config.checkpoint.every if config.checkpoint.keep_last is None else config.checkpoint.keep_last
-    there = len(RunFolder(output_dir).checkpoint_steps())  # of a run that goes on, which take no more space
-    missing = max(1, kept + 1 - there)
-    needed = 4 * parameters * (tensors * missing + len(config.ema.decays)) + RECORD_BYTES * (parameters > 10_000_000)
-    print(
-        f"{'disk':<16}{needed / 1e9:.1f} GB for {missing} more checkpoints of {4 * parameters * tensors / 1e9:.2f} GB and records"
-    )
+    there = len(RunFolder(output_dir).checkpoint_steps())
+    averages = len(config.ema.decays)
+    missing, needed = run_bytes(config.checkpoint, parameters, averages, config.steps, there=there)
+    needed += int(RECORD_BYTES) * (parameters > 10_000_000)
+    each = checkpoint_bytes(parameters, averages)
+    print(f"{'disk':<16}{needed / 1e9:.1f} GB for {missing} more checkpoints of {each / 1e9:.2f} GB and records")
     try:
-        require_free_space(output_dir, int(needed), "the run")
+        require_free_space(output_dir, needed, "the run")
     except OSError as error:
         return [f"{error.strerror or error}; or keep fewer checkpoints: checkpoint.keep_last, checkpoint.keep_every"]
     return []
 
 
-def check_inputs(config, command, encoder_width: int | None) -> list[str]:
-    """The cache and the encoder are there, whole, and those of the configuration."""
+def check_inputs(config, command, encoder_width: int | None, run: RunFolder) -> list[str]:
+    """The data, the encoder and what an evaluation needs are there, whole, and those of the configuration."""
     problems = []
     source = None
     try:
-        source = open_source(config.data)
+        source = open_encoder_data(config.data) if command is train_mae else open_source(config.data)
         print(f"{'data':<16}{len(source):,} images {list(source.image_shape)} of {source.num_classes} classes")
     except (OSError, ValueError, ModuleNotFoundError) as error:
         problems.append(f"data: {error}")
     if command is train_mae:
         if source is not None:
             problems += _refusals(lambda: train_mae.check_fit(config, source))
+            problems += _refusals(lambda: train_mae.open_held_out(config, source))
         return problems
     try:  # without data nothing is known of a decoder before the encoders
         specs = load_specs(config.encoder, config.features) if source is None else train.load_encoders(config, source)
@@ -150,14 +151,18 @@ def check_inputs(config, command, encoder_width: int | None) -> list[str]:
                 "right folder"
             )
     if source is not None:
-        problems += _refusals(lambda: train.check_fit(config, specs, source))
+        misfits = _refusals(lambda: train.check_fit(config, specs, source))
+        if not misfits:
+            misfits += _refusals(lambda: train.open_evaluation(config, run, specs, source, "cpu"))
+            misfits += _refusals(lambda: train.open_real_images(config, specs, source))
+        problems += misfits
     return problems
 
 
 def _refusals(check) -> list[str]:
     try:
         check()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         return [str(error)]
     return []
 

@@ -1,8 +1,7 @@
 """How a run is doing: python tools/run_status.py RUN [--watch SECONDS]
 
 Prints step, pace, time left, last values and the alarms that last, from the run's folder alone. A run that was killed is told,
-and its
-RUN.md completed. --watch prints it again every few seconds until the run ends.
+and its RUN.md completed. --watch prints it again every few seconds until the run ends.
 """
 
 import argparse
@@ -14,6 +13,7 @@ from drift_accel.foundation.run_records import duration_text
 from drift_accel.training.alarms import AlarmWatch, loss_bound
 
 PACE_RECORDS = 20
+EVALUATION = "evaluation/"
 
 
 def main() -> None:
@@ -57,9 +57,10 @@ def status(run: RunFolder) -> tuple[str, bool]:
         lines.append(f"{pace:.3g} steps a second{left}, {_shown(last, 'samples_per_second')} samples a second")
     norms = sorted(name for name in last if name.startswith("drift_sqnorm_") and "/" not in name)
     names = ("loss", *norms, "scale", "diversity_ratio", "reconstruction", "accuracy", "gradient_norm", "learning_rate")
-    names += ("data_wait_share", "memory_gb", "skipped_steps")
+    names += ("data_wait_share", "model_flop_utilisation", "memory_gb", "skipped_steps")
     width = max(map(len, names))
     lines += [f"  {name:<{width}}  {_shown(last, name)}" for name in names if name in last]
+    lines += _last_evaluation(records)
     alarms = _lasting_alarms(configuration, records)
     return "\n".join([*lines, *(alarms or ["no alarms"])]), is_over
 
@@ -79,6 +80,16 @@ def _pace(records: list[dict]) -> float | None:
     """Steps a second over the last records."""
     rates = [record["steps_per_second"] for record in records[-PACE_RECORDS:] if record.get("steps_per_second")]
     return len(rates) / sum(1 / rate for rate in rates) if rates else None
+
+
+def _last_evaluation(records: list[dict]) -> list[str]:
+    """The newest numbers of the run's own evaluation in a line; none where it has none."""
+    for record in reversed(records):
+        names = [name for name in record if name.startswith(EVALUATION) and not name.endswith("_std")]
+        if names:
+            numbers = ", ".join(f"{name.removeprefix(EVALUATION)} {_shown(record, name)}" for name in names)
+            return [f"evaluation after step {record['step']:,}: {numbers}"]
+    return []
 
 
 def _lasting_alarms(configuration: dict, records: list[dict]) -> list[str]:

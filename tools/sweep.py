@@ -19,10 +19,12 @@ from drift_accel.evaluation.sweeps import (
     markdown_table,
     parse_guidance,
     points_of,
+    require_same_sweep,
     run_sweep,
     sweep_rows,
     write_table,
 )
+from drift_accel.foundation.collectives import SharedWorkError
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.sampling.model_options import start_workers
 
@@ -38,6 +40,7 @@ def main() -> None:
     add("--last", type=int, help="the last so many checkpoints")
     add("--num_samples", type=int, default=5000, help="samples of each point (default: 5000)")
     add("--final_samples", type=int, help="then so many at the best point, such as 50000 (default: no second pass)")
+    add("--overwrite", action="store_true", help="replace table and curves of another sweep (results stay)")
     add("--name", default="sweep", help="name of table and curves in RUN/evaluation (default: sweep)")
     add_network_options(parser)
     add_metric_options(parser)
@@ -55,9 +58,11 @@ def main() -> None:
             protocol=arguments.protocol,
             seed=arguments.seed,
         )
-        evaluator = asked_evaluator(arguments, accelerator.device, workers)
-        results, final = run_sweep(run, plan, evaluator, workers=workers)
-    except (ValueError, OSError, ImportError) as error:
+        if not arguments.overwrite:
+            require_same_sweep(run.evaluation_path(arguments.name).with_suffix(".csv"), plan)
+        evaluator = workers.together(lambda: asked_evaluator(arguments, accelerator.device, workers))
+        results, final = workers.together(lambda: run_sweep(run, plan, evaluator, workers=workers))
+    except (ValueError, OSError, ImportError, SharedWorkError) as error:
         parser.error(str(error))
     if workers.is_main:
         rows = sweep_rows(results)

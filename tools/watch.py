@@ -6,6 +6,7 @@ checkpoints at the end, sweeps guidance at the best, makes the full set there an
 """
 
 import argparse
+from contextlib import nullcontext
 
 from drift_accel.evaluation.bundle import STAGES, BundleConfig, run_bundle
 from drift_accel.evaluation.network_options import add_metric_options, add_network_options
@@ -14,6 +15,7 @@ from drift_accel.evaluation.run_options import add_run_options, asked_evaluator
 from drift_accel.evaluation.sweeps import SweepPlan, parse_guidance, points_of
 from drift_accel.evaluation.watching import STATE_NAME, WatchConfig, watch_run
 from drift_accel.evaluation.work_state import WorkState
+from drift_accel.foundation.collectives import SharedWorkError
 from drift_accel.foundation.locks import exclusive_lock
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.sampling.model_options import start_workers
@@ -58,20 +60,20 @@ def main() -> None:
         training, held_out = (None if path is None else open_pictures(path) for path in (arguments.training, arguments.held_out))
         accelerator, workers = start_workers(arguments.device)
         folder = RunFolder(arguments.run).evaluation_dir / "watch"
-        evaluator = asked_evaluator(arguments, accelerator.device, workers)
+        evaluator = workers.together(lambda: asked_evaluator(arguments, accelerator.device, workers))
         stages = STAGES if arguments.then else ()
-        if workers.is_main:
-            lock = exclusive_lock(folder / "lock", f"a watcher of {arguments.run}")
-            lock.__enter__()  # held until the process ends
+        lock = exclusive_lock(folder / "lock", f"a watcher of {arguments.run}") if workers.is_main else nullcontext()
+        workers.together(lock.__enter__)  # held until the process ends
         state = WorkState(folder / STATE_NAME, stages, enabled=workers.is_main)
         finished = watch_run(evaluator.run, plan, evaluator, state, config=config, workers=workers)
         if finished and arguments.then:
             run_bundle(evaluator, bundle, state, training=training, held_out=held_out, workers=workers)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SharedWorkError) as error:
         parser.error(str(error))
     well = state.finish() if finished else False
     accelerator.end_training()
-    print(f"{arguments.run}: {state.now if finished else 'given up, the run has not reached its last step'}")
+    if workers.is_main:
+        print(f"{arguments.run}: {state.now if finished else 'given up, the run has not reached its last step'}")
     raise SystemExit(0 if well else 1)
 
 

@@ -74,7 +74,7 @@ def run_bundle(
         if name == "neighbours" and training is None:
             state.stages.pop(name, None)
             continue
-        if not state.run(name, works[name]):
+        if not state.run(name, lambda work=works[name]: bundle.workers.together(work)) and bundle.workers.is_main:
             log(f"{name}: {state.stages[name]}")
     return state.finish()
 
@@ -110,7 +110,7 @@ class _Bundle:
         plan = self._plan((self.best,), self.config.full_samples)
         images = self.run.evaluation_dir / "samples_full.npz"
         path = point_path(self.run, plan, self.best, self.config.full_samples)
-        keeps_pixels = not self.evaluate.makes_latents_alone(self.best)
+        keeps_pixels = not self.workers.together(lambda: self.evaluate.makes_latents_alone(self.best))
         if path.exists() and (images.exists() or not keeps_pixels):
             evaluate_once(self.run, plan, self.best, self.config.full_samples, self.evaluate, self.workers, self.log)
             return
@@ -124,7 +124,7 @@ class _Bundle:
         if output.with_suffix(".json").exists():
             return
         evaluate = self.evaluate
-        samples = evaluate.pictures(self.best, self.config.num_neighbours_samples)
+        samples = self.workers.together(lambda: evaluate.pictures(self.best, self.config.num_neighbours_samples))
         sets = (samples, self.training, self.held_out)
         search_neighbours(*sets, evaluate.network, output, workers=self.workers, command=evaluate.command)
         self.workers.wait()

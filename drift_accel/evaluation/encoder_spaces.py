@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drift_accel.data.row_encoders import weights_hash
 from drift_accel.evaluation.feature_network import FeatureNetwork
@@ -21,11 +21,21 @@ class EncoderNetwork(FeatureNetwork):
     """One map of a masked autoencoder, averaged over its places: [b, channels of the map].
 
     The encoder sees what the generator makes: latents of an encoder of latents, pixels in [-1, 1] of the others.
-    Raises ValueError for a folder of another model and an unknown `layer`.
+    `encoder` is that of `path` where it is in memory already. Raises ValueError for a folder of another model and an unknown
+    `layer`.
     """
 
-    def __init__(self, path: Path, protocol: Protocol, *, device: torch.device | str, batch: int, layer: str | None = None):
-        self.encoder = load_encoder(EncoderConfig(path=str(path)))
+    def __init__(
+        self,
+        path: Path,
+        protocol: Protocol,
+        *,
+        device: torch.device | str,
+        batch: int,
+        layer: str | None = None,
+        encoder: nn.Module | None = None,
+    ):
+        self.encoder = load_encoder(EncoderConfig(path=str(path))) if encoder is None else encoder
         align_memory(self.encoder)
         super().__init__(path, protocol, weights_hash(self.encoder), device=device, batch=batch)
         names = self.encoder.map_names

@@ -1,6 +1,6 @@
 """What all feature networks share: one shape of batch, so that a picture's features do not depend on the others."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ class FeatureNetwork:
 
     provides: tuple[str, ...] = ("features",)
 
+    before_chunk: Callable[[], None] = staticmethod(lambda: None)
+    """Called before each chunk of pictures; what it raises ends the work."""
+
     def __init__(self, path: Path, protocol: Protocol, weights_sha256: str, *, device: torch.device | str, batch: int):
         self.path, self.protocol, self.weights_sha256 = path, protocol, weights_sha256
         self.device, self.batch = torch.device(device), batch
@@ -43,6 +46,7 @@ class FeatureNetwork:
 
     def __call__(self, batch: PictureBatch) -> Mapping[str, np.ndarray]:
         """Arrays float32 [n, ...] of n pictures, by name. Raises ValueError for pictures that the network cannot take."""
+        self.before_chunk()
         inputs = self.prepare(batch)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self.provides}
         with torch.inference_mode():

@@ -65,8 +65,6 @@ def asked_reference(
     reference = None if arguments.reference is None else load_reference(arguments.reference)
     if reference is not None:
         reference.require_protocol(network.identity())
-        if reference.mean.shape != reference.covariance.shape[:1]:
-            raise ValueError(f"{arguments.reference}: mu {reference.mean.shape} does not fit sigma {reference.covariance.shape}")
     if arguments.reference_images is None:
         return reference
     pictures = open_pictures(arguments.reference_images)

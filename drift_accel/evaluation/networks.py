@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from drift_accel.evaluation.encoder_spaces import Dinov2Network, EncoderNetwork, TimmNetwork
 from drift_accel.evaluation.feature_network import FeatureNetwork
@@ -58,12 +59,13 @@ def open_network(
     layer: str | None = None,
     spatial: bool = False,
     run_code: bool = False,
+    encoder: nn.Module | None = None,
 ) -> FeatureNetwork:
     """Open a protocol's network. `batch`: pictures it gets at once, padded to that number.
 
-    `layer` is a map of an encoder (None: its last one); `spatial` asks for the mixed_6 map of sFID; `run_code` allows a
-    TorchScript file, which is a program. Raises FileNotFoundError as `find_network`, ValueError for a file or folder that is
-    not what the protocol needs, and for options that it does not have.
+    `layer` is a map of an encoder (None: its last one), and `encoder` that of `path` where it is loaded already; `spatial` asks
+    for the mixed_6 map of sFID; `run_code` allows a TorchScript file, which is a program. Raises FileNotFoundError as
+    `find_network`, ValueError for a file or folder that is not what the protocol needs, and for options that it does not have.
     """
     place = find_network(protocol, path)
     if batch < 1:
@@ -82,7 +84,7 @@ def open_network(
     if protocol.network == PYTORCH_INCEPTION:
         return PytorchInception(place, protocol, device=device, batch=batch)
     if protocol.network == ENCODER:
-        return EncoderNetwork(place, protocol, device=device, batch=batch, layer=layer)
+        return EncoderNetwork(place, protocol, device=device, batch=batch, layer=layer, encoder=encoder)
     kinds = {TIMM: TimmNetwork, DINOV2: Dinov2Network}
     return kinds[protocol.network](place, protocol, device=device, batch=batch)
 

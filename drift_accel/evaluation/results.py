@@ -67,13 +67,13 @@ def markdown_line(result: Mapping[str, Any]) -> str:
 
 def numbers_text(metrics: Mapping[str, float]) -> str:
     """The numbers of a result in words: "fid 1.54, inception_score 260.1 +- 2.1"."""
-    parts = []
-    for name, value in metrics.items():
-        if name.endswith("_std"):
-            parts[-1] += f" ± {_number(value)}"
-        else:
-            parts.append(f"{name} {_number(value)}")
-    return ", ".join(parts)
+    return ", ".join(f"{name} {number_text(metrics, name)}" for name in metrics if not name.endswith("_std"))
+
+
+def number_text(metrics: Mapping[str, float], name: str) -> str:
+    """One number with its deviation where there is one, "-" where it is not there: "260.1 +- 2.1"."""
+    deviation = metrics.get(f"{name}_std")
+    return _number(metrics.get(name)) + ("" if deviation is None else f" ± {_number(deviation)}")
 
 
 def comparison_problems(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """One setting of a run to one result file: what sweeps, the watcher and the bundle call again and again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,8 @@ class RunEvaluator:
 
         Raises ValueError and OSError as loading, generating and measuring do.
         """
-        pictures = self.pictures(point, num_samples)
-        plan_metrics(self.metrics, num_samples, self.network, self.reference)
-        work = path.with_name(f"{path.stem}.in_progress")
+        pictures = self.workers.together(lambda: self._planned(point, num_samples))
+        work = self.work_dir(path)
         result = evaluate_pictures(
             pictures,
             self.network,
@@ -73,6 +73,20 @@ class RunEvaluator:
             write_result(path, result, overwrite=True)
             discard(work)
         self.workers.wait()
+
+    @staticmethod
+    def work_dir(path: Path) -> Path:
+        """Where the chunks of the result `path` lie until it is written."""
+        return path.with_name(f"{path.stem}.in_progress")
+
+    @contextmanager
+    def holding(self, point: Point, trained: TrainedGenerator, decoder: LatentDecoder | None) -> Iterator[None]:
+        """Within the block `point` is this model, which is in memory, and not one of the run's files."""
+        self._loaded = ((point.step, point.ema), trained, decoder)
+        try:
+            yield
+        finally:
+            self._loaded = None
 
     def problems(self, result: Mapping[str, Any]) -> list[str]:
         """Why a result that is there is not one that this evaluator would write, one line a reason; empty if it is."""
@@ -98,6 +112,12 @@ class RunEvaluator:
             quantizer=self.quantizer or self.network.protocol.quantizer,
             device=self.device,
         )
+
+    def _planned(self, point: Point, num_samples: int) -> GeneratedPictures:
+        """The samples of a point whose metrics can all be computed. Loads files, which may fail on one process alone."""
+        pictures = self.pictures(point, num_samples)
+        plan_metrics(self.metrics, num_samples, self.network, self.reference)
+        return pictures
 
     def makes_latents_alone(self, point: Point) -> bool:
         """Whether a point's samples cannot be seen: latents without a decoder."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -84,6 +85,8 @@ class ReferenceStatistics:
 
         Of a published file nothing but the dimension can be checked.
         """
+        if self.mean.shape != self.covariance.shape[:1]:
+            raise ValueError(f"{self.file}: mu {self.mean.shape} does not fit sigma {self.covariance.shape}")
         if not self.is_stated:
             return
         keys = ("protocol", "operations", "network_sha256", "layer")
@@ -135,5 +138,5 @@ def load_reference(path: str | os.PathLike) -> ReferenceStatistics:
                 file=path.name,
                 sha256=sha256_file(path),
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} holds no reference statistics: {error}") from None

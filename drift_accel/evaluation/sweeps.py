@@ -43,7 +43,10 @@ def parse_guidance(text: str) -> list[float]:
     """Guidance scales of "1.0,1.5,2.0" or of "1.0/3.0/9" (least, most, number), rising. Raises ValueError for others."""
     try:
         if "/" in text:
-            low, high, number = text.split("/")
+            parts = text.split("/")
+            if len(parts) != 3:
+                raise ValueError(f"{len(parts)} parts between slashes")
+            low, high, number = parts
             count = int(number)
             if count < 2:
                 raise ValueError("give at least 2 values")
@@ -202,6 +205,22 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     atomic_write_text(path, text.getvalue())
+
+
+def require_same_sweep(path: Path, plan: SweepPlan) -> None:
+    """Raise ValueError where the table at `path`, if there is one, is of other points than `plan`: it would be lost."""
+    if not path.exists():
+        return
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        found = {(float(row["guidance_scale"]), int(row["num_samples"])) for row in rows}
+        steps = {row["step"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of a sweep ({error!r}): give another --name") from None
+    asked = {str(point.step) for point in plan.points if point.step is not None}
+    if found != {(point.guidance_scale, plan.num_samples) for point in plan.points} or (asked and steps != asked):
+        raise ValueError(f"{path} is the table of another sweep: give another --name, or add --overwrite")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -114,7 +114,7 @@ def _evaluate_step(
             evaluate_once(run, plan, replace(point, step=step), plan.num_samples, evaluate, workers, log)
 
     name = f"checkpoint {step}"
-    if state.run(name, work):
+    if state.run(name, lambda: workers.together(work)):
         return
     if step not in run.checkpoint_steps():
         log(f"{name} was removed by the trainer before it could be evaluated")

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from drift_accel.foundation.collectives import SharedWorkError
 from drift_accel.foundation.storage import atomic_write_json
 
 WAITING, DONE = "waiting", "done"
@@ -37,7 +38,8 @@ class WorkState:
         try:
             work()
         except (ValueError, OSError, RuntimeError) as error:
-            self.stages[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            kind = "" if isinstance(error, SharedWorkError) else f"{type(error).__name__}: "  # its text names process and class
+            self.stages[name] = f"failed: {kind}{' '.join(str(error).split())}"
             self.now = f"failed: {name}"
             self.write()
             return False

@@ -124,3 +124,48 @@ def gather_text(text: str, group: distributed.ProcessGroup | None) -> list[str]:
     texts: list[str] = [""] * world_size(group)
     distributed.all_gather_object(texts, text, group=group)
     return texts
+
+
+class SharedWorkError(RuntimeError):
+    """Work that all processes shared was ended by an error of one of them; kind: the name of that error's class."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+class SharedWork:
+    """Work that all processes of `group` do together: an error of one ends it for all, instead of leaving the others waiting.
+
+    The work waits for the others with `wait`, as often on every process. Errors travel where the others wait next.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup | None):
+        self.group = group
+
+    def wait(self) -> None:
+        """Return when all processes are here. Raises SharedWorkError where one of them came with an error."""
+        failure = self._first_failure("")
+        if failure is not None:
+            raise failure
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Call `work` on every process and wait for its end. Raises SharedWorkError on all where it raised on one."""
+        try:
+            result = work()
+            self.wait()
+        except SharedWorkError:
+            raise
+        except Exception as error:  # where messages themselves fail, so does this one, and its error goes on as it is
+            raise self._first_failure(f"{type(error).__name__}\n{error}") from error
+        return result
+
+    def _first_failure(self, own: str) -> SharedWorkError | None:
+        """Tell the others of this process's error, "" for none; the first error that there is."""
+        texts = gather_text(own, self.group)
+        for index, text in enumerate(texts):
+            if text:
+                kind, _, message = text.partition("\n")
+                where = f"process {index}, " if len(texts) > 1 else ""
+                return SharedWorkError(kind, f"{where}{kind}: {message}")
+        return None

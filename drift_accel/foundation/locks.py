@@ -11,6 +11,22 @@ except ImportError:  # no POSIX
     fcntl = None
 
 
+def is_held(path: str | os.PathLike) -> bool:
+    """Whether a live process holds the lock file at `path`; False where there is none, or no locks. Nothing is created."""
+    if fcntl is None or not Path(path).exists():
+        return False
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # the file system has no locks
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextlib.contextmanager
 def exclusive_lock(path: str | os.PathLike, purpose: str) -> Iterator[None]:
     """Hold the lock file at `path` while the context is open; the system releases it when the process dies.

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from drift_accel.foundation import run_records
-from drift_accel.foundation.locks import exclusive_lock
+from drift_accel.foundation.locks import exclusive_lock, is_held
 from drift_accel.foundation.storage import (
     COMPLETE_NAME,
     atomic_write_bytes,
@@ -188,6 +188,10 @@ class RunFolder:
         """Let other runs have the folder; harmless where it is not held."""
         self._lock.close()
 
+    def is_held(self) -> bool:
+        """Whether a live process holds the folder."""
+        return is_held(self.path / ".lock")
+
     @contextmanager
     def new_checkpoint(self, step: int) -> Iterator[Path]:
         """`committed_folder` for the checkpoint of a step; a folder of an earlier, damaged one is exchanged."""
@@ -297,6 +301,10 @@ class RunFolder:
     def finish_notes(self, outcome: str) -> None:
         """Add a line "closed" to RUN.md. Raises ValueError if no run is open there."""
         atomic_write_text(self.notes_path, run_records.notes_with_closing(self._notes(), outcome))
+
+    def last_outcome(self) -> str | None:
+        """How the last start ended, in the words of `finish_notes`; None for one that is open or was killed, and for none."""
+        return run_records.last_outcome(self._notes())
 
     def _last_sign(self, notes: str) -> str:
         """What the run that `notes` leave open recorded last: step, time, how long after its start."""

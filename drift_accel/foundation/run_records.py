@@ -104,6 +104,12 @@ def notes_with_closing(notes: str, outcome: str) -> str:
     return f"{_line_ended(notes)}{_CLOSED}{_now()}{after}: {_one_line(outcome)}\n"
 
 
+def last_outcome(notes: str) -> str | None:
+    """What the last line "opened", "closed" or "ended" says of the ending, if it is a "closed"; else None."""
+    marks = [line for line in notes.splitlines() if line.startswith((_OPENED, _CLOSED, _NOT_CLOSED))]
+    return marks[-1].partition(": ")[2] if marks and marks[-1].startswith(_CLOSED) else None
+
+
 def _same(first: Any, second: Any) -> bool:
     # Equality of what is meant: 1 is 1.0, but True is not 1, and a NaN is the same as a NaN.
     if isinstance(first, list) and isinstance(second, list):

@@ -1,6 +1,6 @@
 """Exponential moving averages of the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from drift_accel.training.sharding import fill, is_sharded, local_part, model_of, require_same_shapes, skeleton, whole_tensors
 
+CLASSIFIER_PHASE_NAME = "encoder_cls"  # export of a classifier phase that is a run of its own
 UPDATE_CHUNK = 2**25  # numbers that one update moves at a time: what it needs beside the averages stays below 128 MiB in float32
 
 
@@ -29,6 +30,15 @@ class AverageConfig:
 def average_name(decay: float) -> str:
     """The name of one average in files and folders: ema_0.999."""
     return f"ema_{decay:.12g}"
+
+
+def export_names(decays: Sequence[float], *, classifier_phase: bool = False) -> dict[float, str]:
+    """Each average's name as an export: ema_DECAY; of a classifier phase encoder_cls, of several encoder_cls_ema_DECAY."""
+    names = {decay: average_name(decay) for decay in decays}
+    if not classifier_phase:
+        return names
+    alone = len(names) == 1
+    return {decay: CLASSIFIER_PHASE_NAME if alone else f"{CLASSIFIER_PHASE_NAME}_{name}" for decay, name in names.items()}
 
 
 class WeightAverages:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from drift_accel.foundation.collectives import require_num_processes
 from drift_accel.foundation.devices import check_device_name
-from drift_accel.training.averages import AverageConfig
+from drift_accel.training.averages import AverageConfig, export_names
 from drift_accel.training.checkpoint import CheckpointConfig
 from drift_accel.training.finite_gate import check_policy
 from drift_accel.training.optimizer import OptimizerConfig
@@ -83,6 +83,11 @@ class TrainingConfig:
     def may_change(self) -> tuple[str, ...]:
         """Keys that a run may change between two starts: its mathematics stays the same."""
         return ("steps", "device", "num_processes", "compile", "profile_steps", "checkpoint", "log", *_OF_ONE_START)
+
+    @property
+    def export_names(self) -> dict[float, str]:
+        """The name under which each average is exported."""
+        return export_names(self.ema.decays)
 
     def check_launch(self, num_processes: int) -> None:
         """Raise ValueError where the launcher started another number of processes than was asked for."""

@@ -68,7 +68,7 @@ def find_initial_weights(
     )
 
 
-def hash_weights(folder: str | Path) -> str:
+def hash_weight_files(folder: str | Path) -> str:
     """One SHA-256 over the weight files of a model folder, safetensors or the release's msgpack, by name."""
     files = sorted(path for pattern in ("*.safetensors", "**/*.msgpack") for path in Path(folder).glob(pattern))
     return hashlib.sha256("".join(f"{path.name}:{sha256_file(path)}" for path in files).encode()).hexdigest()
@@ -85,7 +85,7 @@ def _from_checkpoint(folder: Path, model_class: type, settings: Mapping[str, Any
 
 def _from_model(folder: Path, model: ModelMixin, model_class: type, settings: Mapping[str, Any]) -> InitialWeights:
     _require_architecture(folder, type(model).__name__, model.config, model_class, settings)
-    return InitialWeights(folder, model.state_dict(), hash_weights(folder))
+    return InitialWeights(folder, model.state_dict(), hash_weight_files(folder))
 
 
 def _export_settings(folder: Path) -> tuple[str, dict[str, Any]]:

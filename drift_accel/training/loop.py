@@ -65,7 +65,8 @@ def train(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: H
         saver = stack.enter_context(closing(Saver(state, config, run, hooks.on_checkpoint, progress.log)))
         lenient = config.checkpoint.on_error == "continue"
         reports = {"enabled": is_main, "lenient": lenient, "watch": watch_for(config), "log": progress.log}
-        telemetry = stack.enter_context(closing(Telemetry(run, state.step, **reports, forward=open_trackers(state, config, run))))
+        reports |= {"forward": open_trackers(state, config, run), "seconds_at_peak": state.seconds_at_peak}
+        telemetry = stack.enter_context(closing(Telemetry(run, state.step, **reports)))
         exchange = Exchange(state.accelerator.device, state.group)
         reason, _ = exchange.agree(state.stops.code, 0)
         prefetch = stack.enter_context(
@@ -84,7 +85,8 @@ def train(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: H
                 state.gate.check()  # what follows must never show or keep a step that was not finite
             shown = {}
             if due.log:
-                measured = hooks.measure(state.step, state) or {}
+                with telemetry.beside():
+                    measured = hooks.measure(state.step, state) or {}
                 record = log_step(state, config, metrics, telemetry, prefetch, measured)
                 telemetry.add_histograms(state.step, drawn_values(batch))
                 shown = progress_values(record)
@@ -92,7 +94,8 @@ def train(state: TrainingState, config: TrainingConfig, run: RunFolder, hooks: H
                 if is_main:
                     hooks.on_log(state.step, record)
             if due.sample:
-                hooks.on_sample(state.step, state, telemetry)
+                with telemetry.beside():
+                    hooks.on_sample(state.step, state, telemetry)
             if due.checkpoint or reason:
                 saver.save()
             progress.update(**shown)
@@ -124,7 +127,7 @@ def progress_values(record: dict[str, float]) -> dict[str, float]:
     """What the progress line shows of a record: the loss, and drift_sqnorm at the largest temperature."""
     norms = [name for name in record if name.startswith("drift_sqnorm_") and "/" not in name]
     largest = sorted(norms, key=lambda name: float(name.removeprefix("drift_sqnorm_")))[-1:]
-    return {name: record[name] for name in ("loss", *largest, "reconstruction", "accuracy") if name in record}
+    return {name: record[name] for name in ("loss", *largest, "reconstruction", "accuracy", "vae_share") if name in record}
 
 
 def train_step(state: TrainingState, config: TrainingConfig, batch, *, diagnostics: bool) -> tuple[dict[str, Tensor], Tensor]:

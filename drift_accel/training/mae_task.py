@@ -44,6 +44,11 @@ class ClassifierConfig:
         return self.weight * min(1.0, max(0, into_phase) / self.warmup_steps) if self.steps else 0.0
 
 
+def is_classifier_phase(init_from: str | None, classifier_steps: int, steps: int) -> bool:
+    """Whether a run of `steps` is nothing but the classifier phase of an encoder that another run pretrained."""
+    return init_from is not None and classifier_steps == steps
+
+
 @dataclass(frozen=True)
 class MaeBatch:
     """images [B,C,H,W], labels [B], mask [B,1,h,w] on the encoder's grid, 1 = hidden."""

@@ -14,7 +14,8 @@ TEMPERATURE = r"_\d[\d.e+-]*"
 
 @dataclass(frozen=True)
 class Tag:
-    """One tag, or a family: `per_temperature` adds _TAU, `per_key` also exists as NAME/KEY (NAME is the mean over keys).
+    """One tag, or a family: `per_temperature` adds _TAU, `per_key` also exists as NAME/KEY (NAME is the mean over keys), of
+    `kinds` there is NAME/NUMBER alone.
 
     kind: scalar, histogram, image or text; of: which trainer writes it; when: on which condition, "" for always.
     """
@@ -27,15 +28,18 @@ class Tag:
     of: str = "both"
     per_temperature: bool = False
     per_key: bool = False
+    kinds: bool = False
     when: str = ""
 
     @property
     def pattern(self) -> str:
-        return re.escape(self.name) + (TEMPERATURE if self.per_temperature else "") + (r"(/.+)?" if self.per_key else "")
+        keys = r"/.+" if self.kinds else r"(/.+)?" if self.per_key else ""
+        return re.escape(self.name) + (TEMPERATURE if self.per_temperature else "") + keys
 
     @property
     def title(self) -> str:
-        return self.name + ("_TAU" if self.per_temperature else "") + ("[/KEY]" if self.per_key else "")
+        keys = "/NUMBER" if self.kinds else "[/KEY]" if self.per_key else ""
+        return self.name + ("_TAU" if self.per_temperature else "") + keys
 
 
 def _diagnostic(name: str, healthy: str) -> Tag:
@@ -77,6 +81,16 @@ TAGS = (
         kind="image",
         of="generator",
         when="pixels of 1 or 3 channels, or sample.vae",
+    ),
+    Tag(
+        "evaluation",
+        "Progress",
+        "numbers of the run's own evaluation: fid or frechet_PROTOCOL, precision, recall, kid, inception_score; distances of few "
+        "samples are larger than those of 50,000. The result files are RUN/evaluation/training_*.json",
+        "distances fall, precision and recall rise; after a jump look at the samples",
+        of="generator",
+        kinds=True,
+        when="evaluation.every",
     ),
     Tag("reconstruction", "Progress", "squared error of hidden patches", "falls, steeply at first", of="encoder"),
     Tag(
@@ -136,10 +150,12 @@ TAGS = (
     Tag(
         "val",
         "Health",
-        "reconstruction, classification and accuracy on held-out images, of the raw weights and each average",
-        "close to the training values; rising while those fall is overfitting",
+        "reconstruction and accuracy on held-out images at the mask ratio and with nothing hidden (`_unmasked`), of the raw "
+        "weights and each average",
+        "at the mask ratio close to the training values, rising while those fall is overfitting; with nothing hidden the "
+        "accuracy is higher, and the reconstruction may be poor: no training step asks for visible cells",
         of="encoder",
-        per_key=True,
+        kinds=True,
         when="validation.every",
     ),
     Tag("classification", "Health", "cross-entropy of the classifier", "falls once classifier_weight is above 0", of="encoder"),
@@ -162,7 +178,16 @@ TAGS = (
     Tag("learning_rate", "Optimiser", "rate of the step", "rises linearly, then constant"),
     Tag("skipped_steps", "Optimiser", "steps that were not finite and changed nothing", "0", when="nonfinite is skip:N"),
     Tag("samples_per_second", "Speed", "generated samples (encoder: images) that the run trains on, all processes", "flat"),
-    Tag("steps_per_second", "Speed", "optimiser steps", "flat"),
+    Tag("steps_per_second", "Speed", "optimiser steps, the time of pictures and evaluations included", "flat but for these"),
+    Tag(
+        "model_flop_utilisation",
+        "Speed",
+        "operations that the step's networks need at least (forward and backward, without recomputation, passes for statistics, "
+        "drift and optimiser) over what all devices could do in the time that training took; their peak is the makers' dense one "
+        "of the run's precision (TF32 where float32 convolutions use it)",
+        "flat; a pass for statistics alone takes its time without counting here",
+        when="a device whose peak is known, or log.peak_tflops",
+    ),
     Tag(
         "data_wait_share",
         "Speed",
@@ -186,6 +211,10 @@ TAGS = (
 )
 
 
+# Families whose numbers are of different kinds: no mean is taken over them.
+KINDS = tuple(tag.name for tag in TAGS if tag.kinds)
+
+
 def find_tag(name: str, kind: str = "scalar") -> Tag | None:
     """The entry that a tag of an event file or of metrics.jsonl belongs to; None for one that is not listed."""
     for tag in TAGS:
@@ -200,7 +229,8 @@ def dashboard(trainer: str) -> dict[str, dict[str, list]]:
     for tag in TAGS:
         if tag.kind != "scalar" or tag.of not in ("both", trainer):
             continue
-        pattern = f"^{re.escape(tag.name)}{TEMPERATURE if tag.per_temperature else ''}$"
+        end = "/.*" if tag.kinds else TEMPERATURE if tag.per_temperature else ""
+        pattern = f"^{re.escape(tag.name)}{end}$"
         groups.setdefault(f"{len(groups) + 1} {tag.group}" if not _group(groups, tag) else _group(groups, tag), {})[tag.name] = [
             "Multiline", [pattern],
         ]  # fmt: skip
@@ -218,9 +248,9 @@ def markdown() -> str:
         "",
         "Scalars stand in `metrics.jsonl` and in TensorBoard (`tensorboard --logdir RUN/tensorboard`; the tab *Custom scalars* "
         "shows the",
-        "groups below in this order). `TAU` is a temperature, `/KEY` one feature key, without it the mean over keys. This file "
-        "is",
-        "written by `python -m drift_accel.training.metric_tags > docs/metrics.md`.",
+        "groups below in this order). `TAU` is a temperature, `/KEY` one feature key, without it the mean over keys; `/NUMBER` "
+        "is one of",
+        "several. This file is written by `python -m drift_accel.training.metric_tags > docs/metrics.md`.",
         "",
         "A generator's loss is flat by design: every key's field is normalised before it is squared. Progress is "
         "`drift_sqnorm_TAU`,",

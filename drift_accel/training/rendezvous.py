@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 JOINED = "preflight/joined/"
+VERDICT = "preflight/verdict/"
 DONE = "preflight/done/"
 WAIT_BETWEEN = 0.05
 
@@ -21,15 +22,50 @@ class Meeting:
     ranks: dict[int, str] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    store: distributed.Store | None = None  # while others can still be told something
+
+    def conclude(self, failed: bool, seconds: float) -> bool:
+        """Whether this process or another one `failed` what it looked at; to be called once, at the end, by every process.
+
+        Waits up to `seconds` for the others: some look at more. One that is gone, or never came, counts as failed.
+        """
+        if self.store is None:
+            return failed or bool(self.problems)
+        rank, world = _place()
+        try:
+            self.store.set(f"{VERDICT}{rank}", "failed" if failed else "well")
+            all_well = not self.problems and self._are_all_well(world, seconds)
+        except RuntimeError:  # the process that serves the store is gone
+            all_well = False
+        _leave(self.store, rank, world, seconds)
+        self.store = None
+        return not all_well
+
+    def _are_all_well(self, world: int, seconds: float) -> bool:
+        # Of all, also after a failure: a launcher kills the others, and what they have still to say, when one process ends.
+        all_well, missing, deadline = True, set(range(world)), time.monotonic() + seconds
+        while missing and time.monotonic() < deadline:
+            for rank in sorted(missing):
+                if self.store.check([f"{VERDICT}{rank}"]):
+                    all_well &= self.store.get(f"{VERDICT}{rank}") == b"well"
+                    missing.discard(rank)
+            if missing:
+                time.sleep(WAIT_BETWEEN)
+        return all_well and not missing
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank and how many there are, as the launcher says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def meet(seconds: float) -> Meeting:
     """Wait for the launcher's processes and sum a number over all of them with every backend that this machine has.
 
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torch's launcher sets them; a process of its own meets nobody. Gives up
-    after `seconds` a stage; never raises for what it finds.
+    after `seconds` a stage; never raises for what it finds. `Meeting.conclude` ends what this begins.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = _place()
     if world == 1:
         return Meeting(ranks={0: _describe()})
     meeting = Meeting()
@@ -41,7 +77,7 @@ def meet(seconds: float) -> Meeting:
         backends = ["gloo"] + ["nccl"] * (torch.cuda.is_available() and distributed.is_nccl_available())
         for backend in backends:
             _sum_over_all(store, backend, rank, world, seconds, meeting)
-    _leave(store, rank, world, seconds)
+    meeting.store = store
     return meeting
 
 

@@ -10,6 +10,22 @@ from drift_accel.foundation.storage import atomic_write_json
 from drift_accel.training.checkpoint import CheckpointConfig
 
 
+def checkpoint_bytes(parameters: int, num_averages: int) -> int:
+    """What one checkpoint takes: weights, two moments and the averages of `parameters` numbers, 4 bytes each."""
+    return 4 * parameters * (3 + num_averages)
+
+
+def run_bytes(config: CheckpointConfig, parameters: int, num_averages: int, steps: int, *, there: int = 0) -> tuple[int, int]:
+    """(checkpoints that a run of `steps` will still write and keep at once, bytes of these and of the exports).
+
+    `there` are checkpoints that exist already, which take no more space.
+    """
+    kept = 0 if config.keep_every is None else steps // config.keep_every
+    kept += steps // config.every if config.keep_last is None else config.keep_last
+    missing = max(1, kept + 1 - there)  # one more: the old ones go when the new one is complete
+    return missing, missing * checkpoint_bytes(parameters, num_averages) + 4 * parameters * num_averages
+
+
 class Retention:
     """Knows the value of `keep_best` that belongs to each checkpoint, and keeps the values at `path` (None: nowhere).
 

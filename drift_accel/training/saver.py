@@ -42,7 +42,7 @@ class Saver:
                 run,
                 config.checkpoint,
                 self.retention,
-                lambda snapshot: export_snapshot(run, snapshot, state.averages, data),
+                lambda snapshot: export_snapshot(run, snapshot, state.averages, data, config.export_names),
                 log,
             )
             if state.step < config.steps:

@@ -70,6 +70,7 @@ class TrainingState:
     data_state: dict[str, Tensor] = field(default_factory=dict)  # of the last finished step: the next one is drawn already
     loaded: dict[str, Any] = field(default_factory=dict)  # the record of the checkpoint that the run went on from
     profiler: StepProfiler = field(default_factory=StepProfiler)
+    seconds_at_peak: float | None = None  # that a step's networks would take on these devices at their best; None: unknown
 
     @property
     def group(self):

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.training.alarms import ALARMS, AlarmWatch
-from drift_accel.training.metric_tags import dashboard
+from drift_accel.training.metric_tags import KINDS, dashboard
 
 TRACKERS = ("wandb",)
 
@@ -30,11 +30,16 @@ class LogConfig:
     """Steps between sample grids; the last step always has one."""
     trackers: tuple[str, ...] = ()
     """Where records go beside metrics.jsonl and TensorBoard, through accelerate: "wandb", which must be installed."""
+    peak_tflops: float | None = None
+    """What a process's device reaches at best, in TFLOP/s of the run's precision, for model_flop_utilisation. null: known for
+    common GPUs; on processors and other devices there is no such number then."""
 
     def __post_init__(self):
         for name in ("every", "sample_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"log.{name} is {getattr(self, name)}: give a number of steps of at least 1")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise ValueError(f"log.peak_tflops is {self.peak_tflops}: give a positive number of TFLOP/s, or null")
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
             raise ValueError(f"log.trackers holds {unknown}: choose of {', '.join(TRACKERS)}; TensorBoard is always written")
@@ -49,6 +54,7 @@ class Telemetry:
     Records after `start_step`, which a killed run wrote and this one will write again, are dropped first. With `lenient` a record
     that cannot be written (a full disk) is kept and tried again with the next one, instead of ending the run. `watch` looks for
     alarms among the records, which `log` gets as lines; `forward` gets every record too (W&B), as (values, step).
+    `seconds_at_peak`: what a step would take on devices at their best, for their utilisation (None: unknown).
     """
 
     def __init__(
@@ -61,8 +67,10 @@ class Telemetry:
         watch: AlarmWatch | None = None,
         log: Callable[[str], None] = print,
         forward: Callable[[dict[str, float], int], None] | None = None,
+        seconds_at_peak: float | None = None,
     ):
         self._run, self._lenient = run, lenient
+        self._seconds_at_peak, self._beside = seconds_at_peak, 0.0
         self._watch, self._log, self._forward = watch, log, forward
         self._unwritten: list[dict[str, float]] = []
         self._writer = None
@@ -83,8 +91,12 @@ class Telemetry:
         """
         now = time.perf_counter()
         elapsed = max(now - self._last_time, 1e-9)
-        steps_per_second = (step - self._last_step) / elapsed
-        self._last_time, self._last_step = now, step
+        num_steps = step - self._last_step
+        steps_per_second = num_steps / elapsed
+        if self._seconds_at_peak is not None:
+            utilisation = num_steps * self._seconds_at_peak / max(elapsed - self._beside, 1e-9)
+            values = {**values, "model_flop_utilisation": utilisation}
+        self._last_time, self._last_step, self._beside = now, step, 0.0
         record = {
             **values,
             **summarise(values),
@@ -104,6 +116,15 @@ class Telemetry:
                     raise
                 print(f"warning: the record of step {step} waits for the next one: {error}", file=sys.stderr)
         return record
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What happens in the block is no training: pictures, evaluation. Its time does not lower the devices' utilisation."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._beside += time.perf_counter() - started
 
     def _write(self) -> None:
         while self._unwritten:
@@ -154,11 +175,11 @@ class Telemetry:
 
 
 def summarise(values: Mapping[str, float]) -> dict[str, float]:
-    """The mean over feature keys of every tag NAME/KEY, as NAME; held-out measures (val/KEY) have no mean."""
+    """The mean over feature keys of every tag NAME/KEY, as NAME; numbers of different kinds have no mean (KINDS/NUMBER)."""
     groups = defaultdict(list)
     for tag, value in values.items():
         name, separator, _ = tag.partition("/")
-        if separator and name != "val":
+        if separator and name not in KINDS:
             groups[name].append(value)
     return {name: float(np.mean(group)) for name, group in groups.items()}
 

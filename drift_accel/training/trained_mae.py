@@ -14,8 +14,9 @@ from drift_accel.models.configuration import MaskedAutoencoderConfig
 from drift_accel.models.exports import load_export
 from drift_accel.models.masked_autoencoder import MaskedAutoencoder
 from drift_accel.models.official import METADATA_NAME, load_official
-from drift_accel.training.averages import average_name
+from drift_accel.training.averages import average_name, export_names
 from drift_accel.training.exports import DATA_DESCRIPTION
+from drift_accel.training.mae_task import is_classifier_phase
 from drift_accel.training.snapshot import MODEL_FILE
 
 RAW_WEIGHTS = "none"  # the trained weights themselves, not one of their averages
@@ -38,7 +39,7 @@ def load_trained_mae(path: str | Path, *, ema: str | None = None) -> TrainedMae:
     """Load a masked autoencoder from a run of drift_accel.train_mae, a checkpoint or export of one, or the release's folder.
 
     Of a run, `ema` ("0.9995", "ema_0.9995") chooses the export of that average, "none" the raw weights of the newest checkpoint,
-    None the first export, or the newest checkpoint's first average before there is one. Of a checkpoint it chooses likewise.
+    None the export of the first average, and before there is one the newest checkpoint's. Of a checkpoint it chooses likewise.
     Raises FileNotFoundError and ValueError saying what the folder holds instead, and for a damaged checkpoint.
     """
     path = Path(path)
@@ -63,10 +64,10 @@ def load_trained_mae(path: str | Path, *, ema: str | None = None) -> TrainedMae:
 
 def _from_run(run: RunFolder, ema: str | None) -> TrainedMae:
     configuration = _mae_configuration(run)
-    names = sorted(path.parent.name for path in run.exports_dir.glob("*/config.json"))
-    wanted = names[:1] if ema is None else [name for name in names if ema != RAW_WEIGHTS and name == _average(ema)]
-    if wanted:
-        folder = run.export_dir(wanted[0])
+    names = _export_names(configuration)  # of the run's end: one of a step on the way is named by its own folder
+    wanted = next(iter(names.values())) if ema is None else names.get(_average(ema))
+    if wanted is not None and (run.export_dir(wanted) / "config.json").is_file():
+        folder = run.export_dir(wanted)
         model = load_export(folder, MaskedAutoencoder)
         return _trained(model, str(folder), configuration, _read_json(folder / DATA_DESCRIPTION))
     latest = run.latest_complete_checkpoint()
@@ -92,6 +93,14 @@ def _from_checkpoint(run: RunFolder, folder: Path, ema: str | None) -> TrainedMa
         raise ValueError(f"{file} does not fit the run's configuration: {error}") from None
     label = "raw weights" if name == RAW_WEIGHTS else name
     return _trained(model, f"{folder} ({label})", configuration, {})
+
+
+def _export_names(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """{average: its export's name}, in the order in which the run's configuration lists the averages."""
+    classifier_steps = configuration["classifier"]["steps"]
+    phase = is_classifier_phase(configuration.get("init_from"), classifier_steps, configuration["steps"])
+    names = export_names(configuration["ema"]["decays"], classifier_phase=phase)
+    return {average_name(decay): name for decay, name in names.items()}
 
 
 def _mae_configuration(run: RunFolder) -> dict[str, Any]:
