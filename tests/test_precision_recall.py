@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from drift_accel.evaluation import precision_recall
+from drift_accel.training.measurement import peak_allocation
 
 GOLDEN = Path(__file__).parent / "goldens" / "metrics.npz"
 
@@ -92,3 +93,15 @@ def test_a_set_covers_itself():
 def test_refuses_bad_input(real, generated, options, message):
     with pytest.raises(ValueError, match=message):
         precision_recall(real, generated, **options)
+
+
+def test_memory_beside_the_features_does_not_grow_with_their_number():
+    """Tiles bound it: four times the points take four times the k distances a point that are kept, and little else."""
+    sets = {count: torch.randn(2, count, 16, generator=torch.Generator().manual_seed(0)) for count in (1000, 4000)}
+    peaks = {
+        count: peak_allocation(lambda pair=pair: precision_recall(*pair, tile_size=100), torch.device("cpu"))
+        for count, pair in sets.items()
+    }
+    whole_matrix = 4000 * 4000 * 8
+    assert peaks[4000] - peaks[1000] < 3000 * (2 * 3 + 4) * 8 + 3000 * 16 * 8 * 2
+    assert peaks[4000] < whole_matrix / 50

@@ -2,7 +2,8 @@
 
 Writes OUT/train/<wnid>/*.JPEG, OUT/val/<wnid>/*.JPEG, OUT/classes.json (index, wnid, names), manifest.json and
 provenance.json. Archives are read where they are, never copied or unpacked elsewhere. Interrupt it whenever you like: the
-same command goes on, and on finished output it verifies counts and sizes and does nothing.
+same command goes on, and on finished output it verifies counts and sizes and does nothing. --verify reads every picture again and
+compares it with the manifest; the archives are not needed for that.
 """
 
 import argparse
@@ -11,7 +12,10 @@ import sys
 from pathlib import Path
 
 from drift_accel.data.archive_listing import OFFICIAL, SPLITS
+from drift_accel.data.archive_verification import verify_images
 from drift_accel.data.imagenet_archives import PrepareConfig, prepare_imagenet
+from drift_accel.foundation.provenance import collect_provenance
+from drift_accel.foundation.storage import atomic_write_json
 
 MAX_DEFAULT_WORKERS = 8
 
@@ -35,8 +39,16 @@ def main() -> None:
     parser.add_argument(
         "--num_workers", type=int, default=default_workers, help=f"processes that extract (here by default {default_workers})"
     )
+    parser.add_argument("--verify", action="store_true", help="only compare what is there with its manifest, picture by picture")
+    parser.add_argument("--report", type=Path, help="with --verify: write the findings there as JSON")
+    arguments = vars(parser.parse_args())
+    only_verify, report = arguments.pop("verify"), arguments.pop("report")
+    if report is not None and not only_verify:
+        parser.error("--report is written with --verify alone")
+    if only_verify:
+        raise SystemExit(verify(arguments["output_dir"], report))
     try:
-        config = PrepareConfig(**vars(parser.parse_args()))
+        config = PrepareConfig(**arguments)
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -48,6 +60,22 @@ def main() -> None:
     for split, summary in summaries.items():
         work = f"{summary.extracted:,} classes extracted now" if summary.extracted else "verified, nothing to do"
         print(f"{split}: {summary.images:,} pictures of {summary.classes:,} classes, {summary.bytes / 1e9:.3f} GB; {work}")
+
+
+def verify(output_dir: Path, report: Path | None) -> int:
+    """Read all pictures, print what is wrong; 1 if anything is."""
+    try:
+        found = verify_images(output_dir)
+        if report is not None:
+            atomic_write_json(report, {**found, "provenance": collect_provenance(command=sys.argv)})
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"prepare_imagenet: {error}") from None
+    for problem in found["problems"]:
+        print(f"error: {problem}\n  what to do: remove that folder, then make it again from the archives without --verify")
+    for split, counts in found["splits"].items():
+        print(f"{split}: {counts['images']:,} pictures of {counts['classes']:,} classes read")
+    print(f"{output_dir}: {'good' if found['is_good'] else 'NOT good'}")
+    return 0 if found["is_good"] else 1
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def training_curve(records: Sequence[Mapping[str, Any]], name: str, tags: Sequen
 
 
 def result_curve(results: Sequence[Mapping[str, Any]]) -> str | None:
-    """The main number over steps, one line for each average and guidance scale; None for fewer than two steps."""
+    """The main number over steps, one line for each average and guidance scale that has two steps; None where none has."""
     lines: dict[tuple, list[tuple[int, float]]] = {}
     name = main_metric(results[0]["metrics"])
     for result in results:
@@ -57,7 +57,8 @@ def result_curve(results: Sequence[Mapping[str, Any]]) -> str | None:
         if model.get("step") is not None and name in result["metrics"]:
             key = (model.get("ema"), result["generated"].get("guidance_scale"))
             lines.setdefault(key, []).append((model["step"], result["metrics"][name]))
-    if len({step for points in lines.values() for step, _ in points}) < 2:
+    lines = {key: points for key, points in lines.items() if len({step for step, _ in points}) > 1}
+    if not lines:
         return None
     panel_figure, axes = _panel()
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(lines)))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from drift_accel.analysis.curves import metric_groups, result_curve, training_curve
 from drift_accel.analysis.page import PAGE, details, figure, table
-from drift_accel.evaluation.results import comparison_problems, is_result, load_result, numbers_text
+from drift_accel.evaluation.results import comparison_problems, is_result, load_result, number_text
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.foundation.storage import atomic_write_text
 
@@ -102,17 +102,18 @@ def _results(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         first = group[0][1]
         protocol, reference = first["protocol"], first["reference"] or {}
         parts.append(f"<h3>{html.escape(protocol['protocol'])}, {first['num_generated']:,} samples</h3>")
+        names = list(dict.fromkeys(key for _, result in group for key in result["metrics"] if not key.endswith("_std")))
         rows = [
             (
                 name,
                 *(_text((result.get("model") or {}).get(key)) for key in ("step", "ema")),
                 *(_text(result["generated"].get(key)) for key in ("guidance_scale", "seed")),
-                numbers_text(result["metrics"]),
+                *(number_text(result["metrics"], key) for key in names),
             )
-            for name, result in group
+            for name, result in sorted(group, key=_place)
         ]
-        parts.append(table(("result", "step", "average", "guidance", "seed", "numbers"), rows))
-        curve = result_curve([result for _, result in group])
+        parts.append(table(("result", "step", "average", "guidance", "seed", *names), rows))
+        curve = result_curve([result for _, result in sorted(group, key=_place)])
         parts.append(figure(curve, "over steps") if curve else "")
         facts = [
             ("quantiser", _text(first["generated"].get("quantizer"))),
@@ -123,6 +124,13 @@ def _results(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         ]
         parts.append(details("how these numbers were made", table(("", ""), facts)))
     return "".join(parts) + "</section>"
+
+
+def _place(named: tuple[str, Mapping[str, Any]]) -> tuple:
+    """Where a result stands: by step, average, guidance."""
+    name, result = named
+    model = result.get("model") or {}
+    return model.get("step") or 0, str(model.get("ema")), result["generated"].get("guidance_scale") or 0, name
 
 
 def _pictures(run: RunFolder) -> str:

@@ -28,6 +28,7 @@ from drift_accel.data.archive_records import (
     PROGRESS_NAME,
     PROVENANCE_NAME,
     ClassRecord,
+    listing_sha256,
     record_path,
 )
 from drift_accel.foundation.storage import atomic_write_json, is_partial_name
@@ -54,11 +55,9 @@ def extract_class(job: ClassJob, output_dir: Path) -> ClassRecord:
             hashes = {picture.name: _copy_picture(archive, picture, partial, job) for picture in pictures}
         _check_written(partial, pictures)
         _flush(partial, pictures)
-        digest = hashlib.sha256()
-        for picture in sorted(pictures):
-            digest.update(f"{picture.name}\0{picture.size}\0{hashes[picture.name]}\n".encode())
         total = sum(picture.size for picture in pictures)
-        record = ClassRecord(images=len(pictures), bytes=total, sha256=digest.hexdigest())
+        listing = [(picture.name, picture.size, hashes[picture.name]) for picture in pictures]
+        record = ClassRecord(images=len(pictures), bytes=total, sha256=listing_sha256(listing))
         atomic_write_json(record_path(output_dir, job.split, job.wnid), asdict(record))
         _take_name(partial, final_path)
     except OSError as error:

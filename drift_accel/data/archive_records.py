@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class SplitSummary:
     bytes: int
     classes: int
     extracted: int
+
+
+def listing_sha256(pictures: Iterable[tuple[str, int, str]]) -> str:
+    """SHA-256 over name, size and content's SHA-256 of the pictures of a class, whatever their order."""
+    digest = hashlib.sha256()
+    for name, size, content in sorted(pictures):
+        digest.update(f"{name}\0{size}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def summarize(records: Mapping[str, ClassRecord], extracted: int) -> SplitSummary:

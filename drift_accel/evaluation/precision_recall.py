@@ -23,8 +23,8 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, k: int = 3, tile_siz
     depend on tile_size. Runs on the device of `real`. Raises ValueError for wrong shapes, non-finite values, and sets of
     k points or fewer. Source: arXiv 1904.06991.
     """
-    real = _check_features(real, "real", k)
-    generated = _check_features(generated, "generated", k).to(real.device)
+    real = check_features(real, "real", k)
+    generated = check_features(generated, "generated", k).to(real.device)
     if real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"real and generated have different dimensions, {real.shape[1]} and {generated.shape[1]}; "
@@ -33,14 +33,13 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, k: int = 3, tile_siz
     if tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, got {tile_size}")
     centre = real.mean(dim=0, dtype=torch.float64)
-    real_radii = _squared_radii(real, centre, k, tile_size)
-    generated_radii = _squared_radii(generated, centre, k, tile_size)
-    precision = _share_inside(generated, real, real_radii, centre, tile_size)
-    recall = _share_inside(real, generated, generated_radii, centre, tile_size)
-    return precision, recall
+    real_radii = squared_radii(real, centre, k, tile_size)
+    generated_radii = squared_radii(generated, centre, k, tile_size)
+    return _shares_inside(real, real_radii, generated, generated_radii, centre, tile_size)
 
 
-def _check_features(features: ArrayLike, name: str, k: int) -> torch.Tensor:
+def check_features(features: ArrayLike, name: str, k: int) -> torch.Tensor:
+    """Return features [N, D] as a tensor; ValueError for another shape, a value that is not finite, and k points or fewer."""
     features = torch.as_tensor(features).detach()
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name} must have shape [points, dimension], got {list(features.shape)}")
@@ -53,14 +52,14 @@ def _check_features(features: ArrayLike, name: str, k: int) -> torch.Tensor:
     return features
 
 
-def _tiles(features: torch.Tensor, centre: torch.Tensor, tile_size: int):
+def tiles(features: torch.Tensor, centre: torch.Tensor, tile_size: int):
     """Yield (first row, centred float64 rows [t, D], their squared norms [t])."""
     for start in range(0, features.shape[0], tile_size):
         rows = features[start : start + tile_size].double() - centre
         yield start, rows, rows.square().sum(dim=1)
 
 
-def _squared_distances(
+def squared_distances(
     x: torch.Tensor, x_norms: torch.Tensor, y: torch.Tensor, y_norms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return squared distances [X, Y] and the rounding allowed for each."""
@@ -68,32 +67,45 @@ def _squared_distances(
     return torch.addmm(norms, x, y.T, alpha=-2.0).clamp_(min=0.0), norms.mul_(ROUNDING)
 
 
-def _squared_radii(features: torch.Tensor, centre: torch.Tensor, k: int, tile_size: int) -> torch.Tensor:
+def squared_radii(features: torch.Tensor, centre: torch.Tensor, k: int, tile_size: int) -> torch.Tensor:
     """Return the squared distance [N] of each point to its k-th neighbour in the same set, itself not counted."""
-    radii = []
-    for row_start, rows, row_norms in _tiles(features, centre, tile_size):
-        nearest = rows.new_full((rows.shape[0], k), torch.inf)
-        for column_start, columns, column_norms in _tiles(features, centre, tile_size):
-            squared, _ = _squared_distances(rows, row_norms, columns, column_norms)
-            if column_start == row_start:
+    nearest = torch.full((features.shape[0], k), torch.inf, dtype=torch.float64, device=features.device)
+    for row_start, rows, row_norms in tiles(features, centre, tile_size):
+        # Distances are symmetric: each pair of tiles is computed once and serves the points of both.
+        for start, columns, column_norms in tiles(features[row_start:], centre, tile_size):
+            squared, _ = squared_distances(rows, row_norms, columns, column_norms)
+            if start == 0:
                 # By position, not by distance zero: a duplicate of the point is a neighbour like any other.
                 squared.fill_diagonal_(torch.inf)
-            nearest_here = squared.topk(min(k, squared.shape[1]), dim=1, largest=False).values
-            nearest = torch.cat([nearest, nearest_here], dim=1).topk(k, dim=1, largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+            else:
+                _keep_nearest(nearest[row_start + start :][: len(columns)], squared.T)
+            _keep_nearest(nearest[row_start:][: len(rows)], squared)
+    return nearest[:, -1]
 
 
-def _share_inside(
-    points: torch.Tensor, centres: torch.Tensor, squared_radii: torch.Tensor, centre: torch.Tensor, tile_size: int
-) -> float:
-    """Return the share of points [M, D] that lie in the ball of at least one of centres [N, D]."""
-    inside = 0
-    for _, rows, row_norms in _tiles(points, centre, tile_size):
-        row_inside = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-        for start, columns, column_norms in _tiles(centres, centre, tile_size):
-            squared, allowance = _squared_distances(rows, row_norms, columns, column_norms)
-            reached = squared - allowance <= squared_radii[None, start : start + columns.shape[0]]
-            row_inside |= reached.any(dim=1)
-        inside += int(row_inside.sum())
-    return inside / points.shape[0]
+def _keep_nearest(nearest: torch.Tensor, squared: torch.Tensor) -> None:
+    """Replace the k rising distances `nearest` [n, k], a view, by the k smallest of them and of `squared` [n, m]."""
+    k = nearest.shape[1]
+    here = squared.topk(min(k, squared.shape[1]), dim=1, largest=False).values
+    nearest.copy_(torch.cat([nearest, here], dim=1).topk(k, dim=1, largest=False).values)
+
+
+def _shares_inside(
+    real: torch.Tensor,
+    real_radii: torch.Tensor,
+    generated: torch.Tensor,
+    generated_radii: torch.Tensor,
+    centre: torch.Tensor,
+    tile_size: int,
+) -> tuple[float, float]:
+    """Return the share of generated points in the ball of a real one, and that of real points in the ball of a generated one."""
+    real_inside, generated_inside = (torch.zeros(len(p), dtype=torch.bool, device=real.device) for p in (real, generated))
+    for row_start, rows, row_norms in tiles(generated, centre, tile_size):
+        row_span = slice(row_start, row_start + len(rows))
+        for start, columns, column_norms in tiles(real, centre, tile_size):
+            span = slice(start, start + len(columns))
+            squared, allowance = squared_distances(rows, row_norms, columns, column_norms)
+            squared -= allowance
+            generated_inside[row_span] |= (squared <= real_radii[None, span]).any(dim=1)
+            real_inside[span] |= (squared <= generated_radii[row_span, None]).any(dim=0)
+    return float(generated_inside.double().mean()), float(real_inside.double().mean())
