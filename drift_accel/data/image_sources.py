@@ -109,8 +109,12 @@ class ImageFolder(ImageSource):
         """The path below the root, with forward slashes; bytes that are no UTF-8 are written as escapes."""
         return self._names[index].encode("utf-8", "backslashreplace").decode("utf-8")
 
-    def _open(self, index: int):
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
         return self.root / self._names[index]
+
+    def _open(self, index: int) -> Path:
+        return self.path(index)
 
 
 class ImageDataset(ImageSource):

@@ -18,6 +18,7 @@ from drift_accel.data.digits import load_digits
 from drift_accel.data.image_sources import ImageSource, open_image_source
 from drift_accel.data.labelled_images import LabelledImages
 from drift_accel.data.latent_cache import LatentCache
+from drift_accel.data.npz_members import mapped_member
 from drift_accel.foundation.chunks import Chunks, ChunkStore
 from drift_accel.foundation.random_streams import random_stream
 from drift_accel.foundation.storage import sha256_file
@@ -29,6 +30,8 @@ from drift_accel.sampling.sampler import CHUNK
 
 READING_THREADS = 8
 DIGITS = "digits"  # a source that is a name, not a path: the test split; "digits:train" is the other one
+# What an .npz of tools/sample.py says of its pictures, and a result must not lose.
+_GENERATED_KEYS = ("weights_sha256", "labels_sha256", "guidance_scale", "seed", "vae", "quantizer", "num_non_finite")
 ORDER_STREAM, POSTERIOR_STREAM = "evaluation/order", "evaluation/posterior"
 
 
@@ -137,16 +140,20 @@ class FilePictures:
 
 
 class ArrayPictures:
-    """uint8 arr_0 [N, H, W, 3] of an `.npz`, mapped where it is not compressed; arr_1, where there, are labels."""
+    """uint8 arr_0 [N, H, W, 3] of an `.npz`, mapped where it is not compressed; arr_1, where there, are labels.
+
+    `origin` is the model that made them where the file says so, as those of tools/sample.py do; else None.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._array = _mapped_member(path, "arr_0.npy")
+            self._array = mapped_member(path, "arr_0.npy")
             with np.load(path, allow_pickle=False) as archive:
                 if self._array is None and "arr_0" in archive.files:
                     self._array = archive["arr_0"]
                 labels = archive["arr_1"] if "arr_1" in archive.files else None
+                record = json.loads(str(archive["record"])) if "record" in archive.files else {}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read ({error})") from None
         if self._array is None or self._array.ndim != 4 or self._array.dtype != np.uint8 or self._array.shape[3] not in (1, 3):
@@ -154,6 +161,8 @@ class ArrayPictures:
             raise ValueError(f"{path} has no pictures: wanted arr_0 uint8 [N, H, W, 3], found {found}")
         fits = labels is not None and labels.shape == self._array.shape[:1] and labels.dtype.kind in "iu"
         self.labels = labels.astype(np.int64) if fits else None
+        self.origin: dict[str, Any] | None = record.get("model") if isinstance(record, dict) else None
+        self._generated = {key: record[key] for key in _GENERATED_KEYS if key in record} if self.origin else {}
 
     def __len__(self) -> int:
         return len(self._array)
@@ -163,8 +172,8 @@ class ArrayPictures:
         return PictureBatch(np.array(self._array[items.start : items.stop]), None, 0)
 
     def identity(self) -> dict[str, Any]:
-        """The file's hash."""
-        return {"source": "npz", "num_pictures": len(self), "sha256": sha256_file(self._path)}
+        """The file's hash, and how it says that its pictures were generated."""
+        return {**self._generated, "source": "npz", "num_pictures": len(self), "sha256": sha256_file(self._path)}
 
 
 class ShardPictures:
@@ -245,23 +254,3 @@ class ChosenPictures:
         """The whole set, and which of it."""
         chosen = hashlib.sha256(self._indices.astype(np.int64).tobytes()).hexdigest()
         return {**self._pictures.identity(), "num_pictures": len(self), "chosen_sha256": chosen}
-
-
-def _mapped_member(path: Path, name: str) -> np.ndarray | None:
-    """An array of an uncompressed `.npz` as a memory map; None where it is compressed or not there."""
-    with zipfile.ZipFile(path) as archive:
-        if name not in archive.namelist() or archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-            return None
-        with archive.open(name) as member:
-            version = np.lib.format.read_magic(member)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(member)
-            header_bytes = member.tell()
-        info = archive.getinfo(name)
-    if fortran or dtype.hasobject:
-        return None
-    with open(path, "rb") as file:  # the member's data begins behind its local header, whose length is in it
-        file.seek(info.header_offset)
-        local = file.read(30)
-    start = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    return np.memmap(path, dtype=dtype, mode="r", offset=start + header_bytes, shape=shape)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from drift_accel.data.latent_export import Workers
+from drift_accel.foundation.collectives import SharedWork, world_group
 from drift_accel.foundation.command_line import plain_errors
 from drift_accel.foundation.devices import add_device_argument, pin_launched_device
 from drift_accel.sampling.class_choice import choose_labels
@@ -121,6 +122,7 @@ def read_labels(path: Path) -> np.ndarray:
 def start_workers(device: str) -> tuple[Any, Workers]:
     """Join the launched processes on the named device: (accelerator, workers). One process without `accelerate launch`.
 
+    An error of one process within `workers.together` ends that work on all: SharedWorkError where the others wait.
     Ends the process with one line for a GPU that is not there.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -128,5 +130,10 @@ def start_workers(device: str) -> tuple[Any, Workers]:
     with plain_errors():
         pin_launched_device(device)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
-    workers = Workers(index=accelerator.process_index, count=accelerator.num_processes, wait=accelerator.wait_for_everyone)
+    if accelerator.num_processes == 1:
+        return accelerator, Workers()
+    shared = SharedWork(world_group())
+    workers = Workers(
+        index=accelerator.process_index, count=accelerator.num_processes, wait=shared.wait, together=shared.run
+    )  # fmt: skip
     return accelerator, workers
