@@ -227,7 +227,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["drift_accel", "drift_accel.*"]),
-    package_data={"drift_accel.models": ["digits_vae/*"]},
+    package_data={"drift_accel.models": ["digits_vae/*"], "drift_accel.analysis": ["*.css", "*.js"]},
     **build_arguments(),
     install_requires=[
         *torch_requirements(),
@@ -249,6 +249,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["scikit-learn"],
-        "test": ["pytest", "ruff", "build", "scikit-learn"],
+        "analysis": ["umap-learn", "scikit-learn"],
+        "test": ["pytest", "ruff", "build", "scikit-learn", "umap-learn"],
     },
 )

@@ -1,9 +1,13 @@
 """The HTML of a report: its frame and its parts. Text is escaped here, pictures come as markup."""
 
+import base64
+import hashlib
 import html
 from collections.abc import Sequence
 
-# Doubled braces: the text goes through str.format. The policy keeps a browser from loading anything at all.
+# The policy keeps a browser from loading anything at all.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# Doubled braces: the text goes through str.format.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -52,3 +56,16 @@ def figure(picture: str, caption: str) -> str:
 def details(summary: str, content: str) -> str:
     """Markup that is folded away."""
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def scripted_page(title: str, sections: str, script: str) -> str:
+    """A page of `sections`, markup, with one script, the only one that its policy lets run.
+
+    Raises ValueError for a script that would end its own element.
+    """
+    if "</script" in script.lower():
+        raise ValueError("the script holds </script, which would end it: write it in two parts")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
+    head, rest = PAGE.format(title=html.escape(title), sections=sections).split(POLICY, 1)
+    body, end = rest.rsplit("</body>", 1)
+    return f"{head}{POLICY}; script-src 'sha256-{digest}'{body}<script>{script}</script>\n</body>{end}"
