@@ -1,6 +1,7 @@
 """tools/benchmark_step.py and what it measures with: operations, peak memory, peaks of devices."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_peaks_of_known_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     cuda = torch.device("cuda")
     assert peak_flops(cuda, "bfloat16") == 756e12 and peak_flops(cuda, "float32") == 378e12, "convolutions use TF32"
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
     assert peak_flops(cuda, "float32") == 51e12
     for name, peak in (("H100 80GB HBM3", 989e12), ("H200 NVL", 835.5e12), ("GH200 480GB", 989e12), ("GB200", 2500e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: f"NVIDIA {name}")

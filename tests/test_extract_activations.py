@@ -177,6 +177,7 @@ def test_layers_are_listed_and_unknown_ones_refused(tmp_path, encoder, generator
     extract(generator, *where, "--num_samples", 4, fails="name the layers of Generator with --layers")
     extract("digits", *where, "--layers", "conv1", fails="digits is no generator: name the model with --model")
     extract("digits", "--model", encoder, "--layers", "conv1", fails="give --output_dir and --name")
+    extract("runs/nothing", *where, fails="runs/nothing does not exist")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,15 @@ from drift_accel.analysis.activation_batches import DTYPES, STORAGES
 from drift_accel.analysis.activation_drawing import OF_OUR_GENERATOR, OF_UNET, drawn_samples, refuse_options
 from drift_accel.analysis.activation_extraction import MODEL_PICTURES, PICTURES, ActivationExtraction, ExtractionConfig
 from drift_accel.analysis.activation_models import IMAGES, NOISE, ActivationModel, EdmModel, default_layers
-from drift_accel.analysis.activation_opening import MODEL_KINDS, is_edm, model_kind, name_classes, open_model, open_real_source
+from drift_accel.analysis.activation_opening import (
+    DIGITS,
+    MODEL_KINDS,
+    is_edm,
+    model_kind,
+    name_classes,
+    open_model,
+    open_real_source,
+)
 from drift_accel.analysis.activation_sources import ActivationSource, RowSource
 from drift_accel.analysis.activation_staging import require_set_name
 from drift_accel.analysis.sample_selection import select_samples
@@ -88,7 +96,9 @@ def asked_model(arguments: argparse.Namespace, device) -> ActivationModel:
     path, kind = arguments.model, arguments.model_kind
     if path is None:
         if not is_generating(arguments.source):
-            raise ValueError(f"{arguments.source} is no generator: name the model with --model")
+            is_there = Path(arguments.source).exists() or arguments.source.partition(":")[0] == DIGITS
+            what = "is no generator: name the model with --model" if is_there else "does not exist: give a generator, or images"
+            raise ValueError(f"{arguments.source} {what}")
         if any(value is not None for value in (*choices.values(), kind)):
             raise ValueError("--model_* options belong to --model: name it, or use --export, --ema and --step for SOURCE")
         path, choices = arguments.source, {name: getattr(arguments, name) for name in choices}

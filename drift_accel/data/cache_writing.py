@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +151,17 @@ def _write_dataset_files(folder: Path, header: CacheHeader, shards: Sequence[Sha
     info: dict[str, Any] = dataclasses.asdict(datasets.DatasetInfo(features=dataset_features(header)))
     # Through json, because `datasets` hands out dictionaries that know more than plain ones.
     atomic_write_json(folder / INFO_NAME, json.loads(json.dumps({key: info[key] for key in sorted(info)})))
-    digest = hashlib.sha256("".join(entry.sha256 for entry in shards).encode()).hexdigest()
-    state = {
-        "_data_files": [{"filename": entry.file} for entry in shards],
-        "_fingerprint": digest[:16],
+    atomic_write_json(folder / STATE_NAME, dataset_state({entry.file: entry.sha256 for entry in shards}))
+
+
+def dataset_state(files: Mapping[str, str]) -> dict[str, Any]:
+    """The content of state.json of a folder with these Arrow files, in this order, each with its SHA-256."""
+    return {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
         "_split": None,
     }
-    atomic_write_json(folder / STATE_NAME, state)

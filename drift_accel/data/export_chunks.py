@@ -105,7 +105,8 @@ def refuse_unreadable(names: Sequence[str], max_bad: int) -> None:
         more = f"\n  and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         raise ValueError(
             f"{len(names)} pictures cannot be read, max_bad allows {max_bad}:\n  {shown}{more}\n"
-            "Repair or remove them, or leave them out with --max_bad N, and run the same command again"
+            "Repair them, or leave them out with --max_bad N, and run the same command again; without them it is "
+            "other work, which begins anew"
         )
 
 

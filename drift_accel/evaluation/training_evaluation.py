@@ -64,10 +64,11 @@ class TrainingEvaluation:
 
         An evaluation that fails is told, and training goes on. Raises SharedWorkError for the one of the very first step.
         """
-        if step == 1 and self._config.sanity_samples:
-            self._check(state)
-        is_due = step == self._last_step or step % self._config.every == 0
-        return self._tried(step, state) if is_due else {}
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled anew for the evaluation's batches
+            if step == 1 and self._config.sanity_samples:
+                self._check(state)
+            is_due = step == self._last_step or step % self._config.every == 0
+            return self._tried(step, state) if is_due else {}
 
     def _tried(self, step: int, state: TrainingState) -> dict[str, float]:
         try:
@@ -140,8 +141,8 @@ class TrainingEvaluation:
 
     @contextmanager
     def _model(self, point: Point, state: TrainingState) -> Iterator[TrainedGenerator]:
-        """The average's weights as the evaluator's model; compiled blocks run as they are written, and are not compiled anew."""
-        with state.averages.applied_to(state.task.model, self._ema) as model, torch.compiler.set_stance("force_eager"):
+        """The average's weights as the evaluator's model."""
+        with state.averages.applied_to(state.task.model, self._ema) as model:
             origin = {"kind": "training", "path": str(self._evaluator.run.path), "run": str(self._evaluator.run.path)}
             origin |= {"step": point.step, "ema": point.ema, "weights_sha256": weights_hash(model)}
             table = table_of_classes(self._prepared.data.get("classes"), model.config.num_classes)
