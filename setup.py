@@ -227,7 +227,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["drift_accel", "drift_accel.*"]),
-    package_data={"drift_accel.models": ["digits_vae/*"], "drift_accel.analysis": ["*.css", "*.js"]},
+    package_data={"drift_accel.models": ["digits_vae/*"], "drift_accel.analysis.comparison": ["*.css", "*.js"]},
     **build_arguments(),
     install_requires=[
         *torch_requirements(),

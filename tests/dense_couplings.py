@@ -159,6 +159,9 @@ class DenseOptions:
 
     def _affinity(self, l, w):
         """The coupling's matrix A of logits l [G, K] and weights w [K], and where row * col is under the floor."""
+        if self.coupling == "kernel":
+            rows, columns = range(l.shape[0]), range(l.shape[1])
+            return np.array([[w[j] * exponential(l[i, j]) for j in columns] for i in rows]), np.zeros(l.shape, dtype=bool)
         if self.coupling == "sinkhorn":
             return self._sinkhorn(l, w), np.zeros(l.shape, dtype=bool)
         bias = self.weight_placement == "log_bias"

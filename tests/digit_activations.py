@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from drift_accel.analysis.activation_batches import SampleRecord, batch_name, write_npz_batch
-from drift_accel.analysis.activation_store import ACTIVATIONS, IMAGES, INFO_NAME, METADATA
+from drift_accel.analysis.activations.batches import SampleRecord, batch_name, write_npz_batch
+from drift_accel.analysis.activations.store import ACTIVATIONS, IMAGES, INFO_NAME, METADATA
 from drift_accel.data.digits import load_digits
 
 

@@ -18,8 +18,8 @@ def main(arguments: list[str]) -> None:
 
 def slow_work(rank: int) -> None:
     """Tamper with a process: flushes, blocks of the model and the moves at the end take a while."""
-    from drift_accel.analysis import activation_staging
-    from drift_accel.analysis.activation_models import ActivationModel
+    from drift_accel.analysis.activations import staging
+    from drift_accel.analysis.activations.models import ActivationModel
     from drift_accel.foundation import storage
 
     def slowed(function, seconds: float):
@@ -30,7 +30,7 @@ def slow_work(rank: int) -> None:
         return slowly
 
     storage._flush_to_disk = slowed(storage._flush_to_disk, SLOW_FLUSH)
-    activation_staging._move = slowed(activation_staging._move, SLOW_MOVE)
+    staging._move = slowed(staging._move, SLOW_MOVE)
     ActivationModel.compute = slowed(ActivationModel.compute, SLOW_BLOCK)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from drift_accel.analysis.activation_batches import SampleRecord
-from drift_accel.analysis.activation_staging import StagedSet
+from drift_accel.analysis.activations.batches import SampleRecord
+from drift_accel.analysis.activations.staging import StagedSet
 
 SHAPES = {"pooled": (5,), "maps": (3, 2, 2)}
 CLASSES = (("n01440764", "tench"), ("n01443537", "goldfish"), ("n02012849", "crane"))

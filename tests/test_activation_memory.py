@@ -47,10 +47,10 @@ class Widths(nn.Module):
 
 def extract_and_read(folder: Path, storage: str) -> None:
     """In a process of its own: write the set, read it back, print what it took."""
-    from drift_accel.analysis.activation_extraction import ActivationExtraction, ExtractionConfig
-    from drift_accel.analysis.activation_models import EncoderModel
-    from drift_accel.analysis.activation_sources import RowSource
-    from drift_accel.analysis.activation_store import ActivationSet
+    from drift_accel.analysis.activations.extraction import ActivationExtraction, ExtractionConfig
+    from drift_accel.analysis.activations.models import EncoderModel
+    from drift_accel.analysis.activations.sources import RowSource
+    from drift_accel.analysis.activations.store import ActivationSet
 
     torch.set_num_threads(1)
     model = EncoderModel(Widths(), {"kind": "test"}, "cpu")

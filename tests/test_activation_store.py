@@ -9,10 +9,10 @@ import pytest
 from small_activation_sets import CLASSES, SHAPES, files_of, small_labels, small_values, write_small_set
 from tiny_models import call_tool
 
-from drift_accel.analysis.activation_conversion import convert_set
-from drift_accel.analysis.activation_histograms import plot_activation_histograms
-from drift_accel.analysis.activation_staging import StagedSet
-from drift_accel.analysis.activation_store import (
+from drift_accel.analysis.activations.conversion import convert_set
+from drift_accel.analysis.activations.histograms import plot_activation_histograms
+from drift_accel.analysis.activations.staging import StagedSet
+from drift_accel.analysis.activations.store import (
     ActivationSet,
     load_batch_activations,
     require_same_layers,

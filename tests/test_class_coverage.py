@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from drift_accel.analysis.class_coverage import (
+from drift_accel.analysis.comparison.class_coverage import (
     ABSENT,
     COLLAPSED,
     FINE,

@@ -10,12 +10,12 @@ from digit_activations import digit_sets, write_set
 from tiny_models import call_tool
 from tiny_runs import launch, run_tool
 
-from drift_accel.analysis.activation_store import ActivationSet
-from drift_accel.analysis.comparison import ComparisonConfig, compare_sets
-from drift_accel.analysis.comparison_page import comparison_page
-from drift_accel.analysis.layer_space import sample_set
-from drift_accel.analysis.measures import MEASURES
-from drift_accel.analysis.set_paths import open_sets
+from drift_accel.analysis.activations.store import ActivationSet
+from drift_accel.analysis.comparison.compare import ComparisonConfig, compare_sets
+from drift_accel.analysis.comparison.layer_space import sample_set
+from drift_accel.analysis.comparison.measures import MEASURES
+from drift_accel.analysis.comparison.page import comparison_page
+from drift_accel.analysis.comparison.set_paths import open_sets
 from drift_accel.evaluation import frechet_distance, gaussian_statistics
 from drift_accel.evaluation.kernel_distance import kernel_distance
 from drift_accel.foundation.storage import verify_folder

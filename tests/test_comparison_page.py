@@ -10,12 +10,12 @@ from chromium import find_chromium, open_browser
 from digit_activations import digit_sets, write_set
 from PIL import Image
 
-from drift_accel.analysis.activation_store import ActivationSet
-from drift_accel.analysis.comparison import ComparisonConfig, compare_sets
-from drift_accel.analysis.comparison_page import comparison_page
-from drift_accel.analysis.layer_space import sample_set
+from drift_accel.analysis.activations.store import ActivationSet
+from drift_accel.analysis.comparison.compare import ComparisonConfig, compare_sets
+from drift_accel.analysis.comparison.layer_space import sample_set
+from drift_accel.analysis.comparison.page import comparison_page
+from drift_accel.analysis.comparison.thumbnails import thumbnail_sheets
 from drift_accel.analysis.page import scripted_page
-from drift_accel.analysis.thumbnails import thumbnail_sheets
 
 needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="no Chromium or Chrome is installed")
 NAMES = ("real", "early", "finished")

@@ -268,6 +268,38 @@ def test_large_mean_offset_in_float32(backend, options):
     assert_option_agrees(backend, arrays, options, torch.float32)
 
 
+# The kernel without normalisation, which the compiled op does not have
+
+
+@pytest.mark.parametrize("form", ["joint", "split"])
+@pytest.mark.parametrize("placement", ["after", "log_bias"])
+@pytest.mark.parametrize("weights", ["random", "one_problem_zero"])
+def test_the_bare_kernel_agrees_with_the_dense_evaluation(form, placement, weights):
+    options = {"coupling": "kernel", "drift_form": form, "weight_placement": placement}
+    for shape in ((4, 6, 5, 3, 8), (2, 1, 1, 0, 3), (2, 1, 2, 3, 4)):
+        assert_option_agrees("reference", random_problem(*shape, weights if shape[3] else "random"), options, torch.float64)
+
+
+def test_all_kernels_are_the_same_field_at_a_temperature_that_makes_them_flat():
+    """Only constants are left of them, and the field is divided by its norm."""
+    arrays = random_problem()
+    fields = [evaluate("reference", arrays, (1e7,), coupling=name)[1] for name in ("kernel", "row", "two_sided")]
+    assert_close("gradient", fields[0], fields[1], relative=1e-5, normwise=True)
+    assert_close("gradient", fields[0], fields[2], relative=1e-5, normwise=True)
+    apart = [evaluate("reference", arrays, (0.5,), coupling=name)[1] for name in ("kernel", "row")]
+    assert np.linalg.norm(apart[0] - apart[1]) > 1e-2 * np.linalg.norm(apart[1])
+
+
+def test_temperatures_at_which_the_bare_kernel_vanishes_leave_the_others_alone():
+    """exp(-d / 0.001) is 0 in every type: no field, and nothing divided by it."""
+    arrays = random_problem()
+    for dtype in (torch.float64, torch.float32):
+        both, gradient = evaluate("reference", arrays, (0.001, 1.0), dtype=dtype, coupling="kernel")
+        _, alone = evaluate("reference", arrays, (1.0,), dtype=dtype, coupling="kernel")
+        assert float(both.drift_sqnorm[0.001]) < 1e-8
+        assert_close("gradient", gradient, alone, relative=1e-5, normwise=True)
+
+
 # Weights
 
 

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import CLASSES, write_encoder
 from tiny_runs import run_tool
 
-from drift_accel.analysis.activation_store import ActivationSet
+from drift_accel.analysis.activations.store import ActivationSet
 from drift_accel.data.class_table import ClassEntry, ClassTable
 from drift_accel.data.downsampled_imagenet import DownsampledImageNet, is_downsampled_imagenet, read_map
 

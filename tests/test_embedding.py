@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from drift_accel.analysis.embedding import available_methods, fit_embedding, load_embedding
+from drift_accel.analysis.comparison.embedding import available_methods, fit_embedding, load_embedding
 
 CENTRES = np.array([[0.0, 0, 0, 0, 7], [30, 0, 0, 30, 7], [0, 30, 30, 0, 7]])
 

@@ -14,10 +14,10 @@ from tiny_models import CLASSES, call_tool, tiny_generator, write_encoder, write
 from tiny_runs import run_tool
 from torch import nn
 
-from drift_accel.analysis.activation_extraction import ActivationExtraction, ExtractionConfig
-from drift_accel.analysis.activation_models import EncoderModel, GeneratorModel
-from drift_accel.analysis.activation_opening import model_kind, open_real_source
-from drift_accel.analysis.activation_store import ActivationSet
+from drift_accel.analysis.activations.extraction import ActivationExtraction, ExtractionConfig
+from drift_accel.analysis.activations.models import EncoderModel, GeneratorModel
+from drift_accel.analysis.activations.opening import model_kind, open_real_source
+from drift_accel.analysis.activations.store import ActivationSet
 from drift_accel.data.crops import ImageCrop
 from drift_accel.data.digits import load_digits
 from drift_accel.data.latent_export import Workers
@@ -103,7 +103,7 @@ def test_processes_file_sizes_and_interruptions_do_not_change_a_bit(storage, tmp
     digits_extraction(tmp_path / "whole", encoder, batch_size=20, **options).run(**QUIET)
     shared = tmp_path / "shared"
     with monkeypatch.context() as patch:  # two processes, one after the other, each killed before the set is finished
-        patch.setattr("drift_accel.analysis.activation_staging.StagedSet._finish", lambda *_: None)
+        patch.setattr("drift_accel.analysis.activations.staging.StagedSet._finish", lambda *_: None)
         for index in (1, 0):
             (shared / "activations/real.in_progress").mkdir(parents=True, exist_ok=True)
             digits_extraction(shared, encoder, batch_size=20, **options).run(workers=Workers(index=index, count=2), **QUIET)

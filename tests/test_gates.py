@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import ROOT, load_tool
 
-from drift_accel.analysis import stage_budget
-from drift_accel.analysis.gates import STOPPED, Gates, State
-from drift_accel.analysis.stage_budget import disk_problems, plan_space
-from drift_accel.analysis.stages import INPUTS, STAGES, Reproduction
+from drift_accel.analysis.reproduction import budget as stage_budget
+from drift_accel.analysis.reproduction.budget import disk_problems, plan_space
+from drift_accel.analysis.reproduction.gates import STOPPED, Gates, State
+from drift_accel.analysis.reproduction.stages import INPUTS, STAGES, Reproduction
 from drift_accel.data.archive_verification import verify_images
 from drift_accel.data.digit_archives import NAMES, WNIDS, write_digit_archives
 from drift_accel.data.imagenet_archives import PrepareConfig, prepare_imagenet

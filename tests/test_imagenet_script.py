@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_runs import ROOT, metrics
 
-from drift_accel.analysis.stages import STAGES
+from drift_accel.analysis.reproduction.stages import STAGES
 
 SCRIPT = ["bash", str(ROOT / "launch_scripts/imagenet256.sh")]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from drift_accel.analysis.layer_capture import LayerError, as_activations, captured, probe_modules
+from drift_accel.analysis.activations.layer_capture import LayerError, as_activations, captured, probe_modules
 
 
 class Network(nn.Module):

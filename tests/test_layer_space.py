@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from digit_activations import write_set
 
-from drift_accel.analysis.activation_store import ActivationSet
-from drift_accel.analysis.channel_histograms import channel_histograms
-from drift_accel.analysis.layer_space import balanced_choice, choose_reduction, read_layer, sample_set
+from drift_accel.analysis.activations.store import ActivationSet
+from drift_accel.analysis.comparison.channel_histograms import channel_histograms
+from drift_accel.analysis.comparison.layer_space import balanced_choice, choose_reduction, read_layer, sample_set
 
 LABELS = np.repeat([0, 1, 2], [60, 20, 10])
 
@@ -36,7 +36,7 @@ def test_whole_and_pooled(sets, maps):
 
 
 def test_principal_components_keep_distances_and_say_how_much_they_keep(sets, maps, monkeypatch):
-    monkeypatch.setattr("drift_accel.analysis.layer_space.READ_BYTES", 16 * 96 * 4)  # many blocks, the last one small
+    monkeypatch.setattr("drift_accel.analysis.comparison.layer_space.READ_BYTES", 16 * 96 * 4)  # many blocks, the last one small
     found = read_layer(sets, "map", "pca", components=5)
     flat = maps[0].reshape(90, 96).astype(np.float64)
     exact = np.linalg.svd(flat - flat.mean(axis=0), compute_uv=False)

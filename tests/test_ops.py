@@ -490,8 +490,8 @@ def fresh_choice(monkeypatch):
         cache.cache_clear()
 
 
-def choose(configured="auto", count=3, dtype=torch.float32, device="cpu"):
-    return ops.choose_backend(configured, count, dtype, device)
+def choose(configured="auto", count=3, dtype=torch.float32, device="cpu", coupling="two_sided"):
+    return ops.choose_backend(configured, count, dtype, device, coupling)
 
 
 @needs_op
@@ -505,7 +505,12 @@ def test_the_fused_op_is_chosen_where_it_is_built_and_logged_once(fresh_choice, 
 @needs_op
 @pytest.mark.parametrize(
     "call, reason",
-    [({"dtype": torch.float64}, "torch.float64"), ({"count": 17}, "17 temperatures"), ({"device": "mps"}, "mps")],
+    [
+        ({"dtype": torch.float64}, "torch.float64"),
+        ({"count": 17}, "17 temperatures"),
+        ({"device": "mps"}, "mps"),
+        ({"coupling": "kernel"}, "coupling 'kernel'"),
+    ],
     ids=str,
 )
 def test_what_has_no_fused_form_goes_to_the_reference_and_says_so_once(fresh_choice, caplog, call, reason):

@@ -11,6 +11,7 @@ from tiny_runs import ROOT, generator_arguments, load_tool, tiny_encoder
 
 from drift_accel import train
 from drift_accel.data.digits import load_digits
+from drift_accel.evaluation.digits import judge_digits
 
 
 @pytest.fixture(scope="module")
@@ -18,27 +19,27 @@ def judge():
     return load_tool("evaluate_digits")
 
 
-def test_real_digits_pass_for_generated_ones(judge):
+def test_real_digits_pass_for_generated_ones():
     train_digits = load_digits("train")
-    results = judge.evaluate(torch.from_numpy(train_digits.images), torch.from_numpy(train_digits.labels))
+    results = judge_digits(torch.from_numpy(train_digits.images), torch.from_numpy(train_digits.labels))
     assert results["class_accuracy"] > 0.98 and results["frechet"] < 0.2
     assert results["precision"] > 0.8 and results["recall"] > 0.8
     assert results["frechet"] == results["frechet_of_real"] and results["recall"] == results["recall_of_real"]
 
 
-def test_collapse_is_seen(judge):
+def test_collapse_is_seen():
     """One digit a class, repeated: right classes, no recall."""
     train_digits = load_digits("train")
     rows = np.array([train_digits.class_rows(k)[0] for k in range(10)])
     images = torch.from_numpy(train_digits.rows(np.tile(rows, 100)))
-    results = judge.evaluate(images, torch.arange(1000) % 10)
+    results = judge_digits(images, torch.arange(1000) % 10)
     assert results["class_accuracy"] >= 0.9
     assert results["recall"] < 0.05 and results["frechet"] > 0.5
 
 
-def test_wrong_classes_are_seen(judge):
+def test_wrong_classes_are_seen():
     train_digits = load_digits("train")
-    results = judge.evaluate(torch.from_numpy(train_digits.images), (torch.from_numpy(train_digits.labels) + 1) % 10)
+    results = judge_digits(torch.from_numpy(train_digits.images), (torch.from_numpy(train_digits.labels) + 1) % 10)
     assert results["class_accuracy"] < 0.05 and results["frechet"] < 0.2
 
 

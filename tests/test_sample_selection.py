@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from drift_accel.analysis.sample_selection import select_samples
+from drift_accel.analysis.activations.sample_selection import select_samples
 
 LABELS = np.repeat([0, 1, 2, 5], [30, 4, 12, 7])[np.random.Generator(np.random.Philox(key=2)).permutation(53)]
 

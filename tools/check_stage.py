@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from drift_accel.analysis.gates import Gates, State
-from drift_accel.analysis.stages import STAGES, Reproduction
+from drift_accel.analysis.reproduction.gates import Gates, State
+from drift_accel.analysis.reproduction.stages import STAGES, Reproduction
 
 TO_RUN = 3
 
@@ -81,7 +81,7 @@ def main() -> int:
 def plan(gates: Gates, arguments: argparse.Namespace) -> int:
     """Space on the disk and inputs of the stages that are left; 1 where something is missing."""
     from drift_accel import train, train_mae
-    from drift_accel.analysis.stage_budget import disk_problems, plan_space
+    from drift_accel.analysis.reproduction.budget import disk_problems, plan_space
     from drift_accel.evaluation.networks import find_network
     from drift_accel.evaluation.protocols import get_protocol
     from drift_accel.foundation.command_line import parse_command

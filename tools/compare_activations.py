@@ -10,14 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from drift_accel.analysis.comparison import ComparisonConfig, compare_sets
-from drift_accel.analysis.comparison_files import embedding_name, write_tables
-from drift_accel.analysis.comparison_page import comparison_page
-from drift_accel.analysis.comparison_plots import plots
-from drift_accel.analysis.embedding import METHODS, available_methods, load_embedding
-from drift_accel.analysis.layer_space import REDUCTIONS, sample_set
-from drift_accel.analysis.scatter_data import MAX_POINTS, check_shown
-from drift_accel.analysis.set_paths import open_sets
+from drift_accel.analysis.comparison.compare import ComparisonConfig, compare_sets
+from drift_accel.analysis.comparison.embedding import METHODS, available_methods, load_embedding
+from drift_accel.analysis.comparison.files import embedding_name, write_tables
+from drift_accel.analysis.comparison.layer_space import REDUCTIONS, sample_set
+from drift_accel.analysis.comparison.page import comparison_page
+from drift_accel.analysis.comparison.plots import plots
+from drift_accel.analysis.comparison.scatter_data import MAX_POINTS, check_shown
+from drift_accel.analysis.comparison.set_paths import open_sets
 from drift_accel.foundation.devices import add_device_argument
 from drift_accel.foundation.storage import committed_folder
 

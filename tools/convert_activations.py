@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from drift_accel.analysis.activation_batches import STORAGES
-from drift_accel.analysis.activation_conversion import convert_set, other_storage
-from drift_accel.analysis.activation_store import ActivationSet
+from drift_accel.analysis.activations.batches import STORAGES
+from drift_accel.analysis.activations.conversion import convert_set, other_storage
+from drift_accel.analysis.activations.store import ActivationSet
 
 
 def parse_arguments() -> argparse.Namespace:

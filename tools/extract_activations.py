@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from drift_accel.analysis.activation_options import add_extraction_options, asked_config, asked_extraction, asked_model
+from drift_accel.analysis.activations.options import add_extraction_options, asked_config, asked_extraction, asked_model
 from drift_accel.sampling.model_options import start_workers
 
 

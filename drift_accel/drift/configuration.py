@@ -35,7 +35,8 @@ class DriftConfig:
     affinity_floor: float = 1e-6
     """Floor under row times column probability of the two-sided coupling; part of the method, not a guard. 0: none."""
     coupling: str = "two_sided"
-    """"two_sided": geometric mean of row and column softmax; "row": row softmax alone; "sinkhorn": transport plan."""
+    """"two_sided": geometric mean of row and column softmax; "row": row softmax alone; "sinkhorn": transport plan; "kernel": the
+    kernel without normalisation (Z = 1), whose low temperatures may vanish below the floor of the field's norm."""
     sinkhorn_iterations: int = 20
     """Updates of the rows then the columns, in the log domain."""
     sinkhorn_marginal: str = "weighted_cols"
@@ -78,7 +79,7 @@ class DriftConfig:
         _require_one_of("reduction", self.reduction, ("release", "paper"))
         _require_one_of("field", self.field, ("summed", "per_temperature"))
         _require_one_of("weight_placement", self.weight_placement, ("after", "log_bias"))
-        _require_one_of("coupling", self.coupling, ("two_sided", "row", "sinkhorn"))
+        _require_one_of("coupling", self.coupling, ("two_sided", "row", "sinkhorn", "kernel"))
         _require_one_of("sinkhorn_marginal", self.sinkhorn_marginal, ("weighted_cols", "none"))
         _require_one_of("drift_form", self.drift_form, ("joint", "split"))
         _require_one_of("metric", self.metric, ("l2", "l2_sq"))

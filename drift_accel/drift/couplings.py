@@ -2,8 +2,8 @@
 
 Shapes: B problems, G generated rows i, M = G + N + P targets j ordered [generated | negatives | positives].
 Letters: l logits, d distances, w target weights, A affinities, c coefficients.
-Sources: two_sided and joint are the release's (arXiv 2602.04770, algorithm 2); row and split are its follow-up's ablations;
-sinkhorn is entropic optimal transport in the log domain (arXiv 2605.11755).
+Sources: two_sided and joint are the release's (arXiv 2602.04770, algorithm 2); row and kernel its ablations (table 11); split is
+its follow-up's; sinkhorn is entropic optimal transport in the log domain (arXiv 2605.11755).
 """
 
 import math
@@ -70,6 +70,8 @@ def affinities(logits: Tensor, w: Tensor, config: DriftConfig, floor_pairs: bool
     """A [B,G,targets] of the configured coupling for logits [B,G,targets] and weights w [B,targets]; logits are overwritten."""
     if config.coupling == "sinkhorn":
         return _transport_plan(logits, w, config) * logits.shape[1], _no_pairs(logits, floor_pairs)
+    if config.coupling == "kernel":  # w exp(l), wherever the weight is placed
+        return logits.exp_().mul_(w[:, None]), _no_pairs(logits, floor_pairs)
     # "after": the weight multiplies A, so w = 0 needs no logarithm. "log_bias": it enters the softmax over targets; in the one
     # over rows it is a constant and cancels, and an absent target (w = 0) has A = 0 whatever the floor.
     biased = config.weight_placement == "log_bias"

@@ -151,9 +151,15 @@ def _log_kept_distances(keep: bool) -> None:
     logger.info(f"distances are {'kept' if keep else 'computed again'} between the stages ({limit} is the limit)")
 
 
-def require_backend(name: str, num_temperatures: int = 1, dtype: torch.dtype = torch.float32, device_type: str = "cpu") -> None:
+def require_backend(
+    name: str,
+    num_temperatures: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+    coupling: str = "two_sided",
+) -> None:
     """Raise BackendError where a backend is asked for, here or by the environment, that this build does not have."""
-    ops.choose_backend(name, num_temperatures, dtype, device_type)
+    ops.choose_backend(name, num_temperatures, dtype, device_type, coupling)
 
 
 def stages_of(problems: Mapping[str, DriftProblems], config: DriftConfig):
@@ -161,7 +167,7 @@ def stages_of(problems: Mapping[str, DriftProblems], config: DriftConfig):
     members = list(problems.values())
     for key in members:
         dtype, device = key.generated.dtype, key.generated.device.type
-        if ops.choose_backend(config.backend, len(config.temperatures), dtype, device) == "reference":
+        if ops.choose_backend(config.backend, len(config.temperatures), dtype, device, config.coupling) == "reference":
             return reference
     return ops if members else reference
 

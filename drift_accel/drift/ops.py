@@ -29,6 +29,7 @@ BACKEND_VARIABLE = "DRIFT_ACCEL_BACKEND"
 BUILD_COMMAND = "pip install --no-build-isolation -e ."
 MAX_TEMPERATURES = 16
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_COUPLINGS = ("two_sided", "row", "sinkhorn")
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,10 @@ def _what_is_stale(info: dict) -> str | None:
 # The choice
 
 
-def fused_obstacle(num_temperatures: int, dtype: torch.dtype, device_type: str) -> str | None:
+def fused_obstacle(num_temperatures: int, dtype: torch.dtype, device_type: str, coupling: str = "two_sided") -> str | None:
     """Why the fused op cannot take such a call, or None where it can."""
+    if coupling not in FUSED_COUPLINGS:
+        return f"coupling {coupling!r} has no fused form"
     if dtype not in FUSED_TYPES:
         return f"{dtype} features have no fused form"
     if num_temperatures > MAX_TEMPERATURES:
@@ -105,20 +108,22 @@ def wanted_backend(configured: str) -> str:
 
 # A constant to torch.compile: the choice depends on the configuration, the types and this build alone.
 @torch.compiler.assume_constant_result
-def choose_backend(configured: str, num_temperatures: int, dtype: torch.dtype, device_type: str) -> str:
+def choose_backend(
+    configured: str, num_temperatures: int, dtype: torch.dtype, device_type: str, coupling: str = "two_sided"
+) -> str:
     """ "reference" or "fused", logged once with the reason.
 
     Raises BackendError where "fused" is asked for and impossible, ValueError for an unknown name in the environment.
     """
-    return _decide(wanted_backend(configured), num_temperatures, dtype, device_type)
+    return _decide(wanted_backend(configured), num_temperatures, dtype, device_type, coupling)
 
 
 @functools.cache
-def _decide(wanted: str, num_temperatures: int, dtype: torch.dtype, device_type: str) -> str:
+def _decide(wanted: str, num_temperatures: int, dtype: torch.dtype, device_type: str, coupling: str) -> str:
     if wanted == "reference":
         _log_once(logging.INFO, "the drift runs in plain PyTorch, as asked")
         return "reference"
-    obstacle = fused_obstacle(num_temperatures, dtype, device_type)
+    obstacle = fused_obstacle(num_temperatures, dtype, device_type, coupling)
     if obstacle is None:
         where = load_extension().info["cpu_instructions"] if device_type == "cpu" else device_type
         _log_once(logging.INFO, f"the drift runs in the fused op ({where}), {'as asked' if wanted == 'fused' else 'it is built'}")

@@ -43,7 +43,9 @@ def parse_command(
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows what each field's docstring says
     parser = ArgumentParser(description=description, usage=USAGE, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with the configuration; of a key that several have, the last counts")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with the configuration; of a key that several have, the last counts"
+    )
     parser.add_argument("--output_dir", type=str, default=None, help="folder of the run; an existing run is resumed")
     parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, then stop")
     parser.add_class_arguments(config_type, None, fail_untyped=True)

@@ -1,0 +1,1 @@
+"""Generated activations against real ones: measures, embeddings, tables and a page."""

@@ -1,0 +1,1 @@
+"""Variants of a recipe, each with several seeds: trained, judged, compared."""
