@@ -54,6 +54,8 @@ def test_both_widths_are_trained_then_skipped_and_audited(recipes, tmp_path, mon
     digests = {row[-2] for row in rows.values()}
     assert len(digests) == 4
     assert load_export(tmp_path / "mae_12/exports/ema_0.9", MaskedAutoencoder).config.width == 12
+    assert [path.name for path in (tmp_path / "mae_12_cls/exports").iterdir()] == ["encoder_cls"]
+    assert load_export(tmp_path / "mae_12_cls/exports/encoder_cls", MaskedAutoencoder).config.width == 12
     config = yaml.safe_load((tmp_path / "mae_8_cls/config.yaml").read_text())
     assert config["seed"] == 5 and config["init_from"] == str(tmp_path / "mae_8/exports/ema_0.9")
     state = json.loads((tmp_path / "export_mae_widths.json").read_text())

@@ -1,6 +1,7 @@
 """Validation of the encoder's pretraining: its numbers by hand, the same for any number of processes, and in the records."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,8 +12,10 @@ from tiny_runs import TINY_MAE, checkpoint_tensors, launch, metrics
 from drift_accel import train_mae
 from drift_accel.data.digits import load_digits
 from drift_accel.data.subset import BalancedSubset
+from drift_accel.foundation.command_line import parse_command
 from drift_accel.models import MaskedAutoencoder
 from drift_accel.training.mae_validation import MEASURES, MaeValidation, draw_row_masks, measure_rows
+from drift_accel.training.trained_mae import load_trained_mae
 
 SMALL = {"width": 8, "blocks": (1, 1, 1, 1), "in_channels": 1, "input_size": 8, "num_classes": 10}
 CPU = torch.device("cpu")
@@ -123,5 +126,38 @@ def test_the_classifier_phase_is_a_run_of_its_own(tmp_path, capsys):
     weights = [record["classifier_weight"] for record in metrics(tmp_path / "mae_cls").values()]
     assert weights == pytest.approx([0, 1 / 30, 2 / 30, 0.1, 0.1, 0.1])
     first = MaskedAutoencoder.from_pretrained(tmp_path / "mae/exports/ema_0.99").state_dict()
-    second = MaskedAutoencoder.from_pretrained(tmp_path / "mae_cls/exports/ema_0.99").state_dict()
+    exports = tmp_path / "mae_cls/exports"
+    assert [path.name for path in exports.iterdir()] == ["encoder_cls"], "exported apart from the encoder that it started from"
+    second = MaskedAutoencoder.from_pretrained(exports / "encoder_cls").state_dict()
     assert first.keys() == second.keys() and not torch.equal(first["classifier.weight"], second["classifier.weight"])
+    for ema in (None, "0.99"):
+        found = load_trained_mae(tmp_path / "mae_cls", ema=ema)
+        assert found.origin == str(exports / "encoder_cls")
+        assert all(torch.equal(value, second[name]) for name, value in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ["ema_0.99"]),
+        ({"init_from": "mae"}, ["ema_0.99"]),  # goes on with reconstruction before its classifier phase
+        ({"init_from": "mae", "classifier.steps": 6}, ["encoder_cls"]),
+        ({"init_from": "mae", "classifier.steps": 6, "ema.decays": [0.9, 0.99]}, ["encoder_cls_ema_0.9", "encoder_cls_ema_0.99"]),
+        ({"classifier.steps": 6}, ["ema_0.99"]),  # an encoder of its own, from random weights
+    ],
+)
+def test_names_of_exports(changes, wanted):
+    given = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    config = parse_command(train_mae.MaeTrainingConfig, "", [*TINY_MAE, *given, "--dry_run"]).config
+    assert list(config.export_names.values()) == wanted
+
+
+def test_a_run_under_way_is_read_from_its_newest_checkpoint(tmp_path):
+    """Not from the export of a step on the way, whose name comes before that of the end."""
+    averages = ["--ema.decays", "[0.99,0.9]", "--checkpoint.every", "2", "--checkpoint.export_every", "2"]
+    train_mae.main([*TINY_MAE, *averages, "--output_dir", str(tmp_path / "run")])
+    assert load_trained_mae(tmp_path / "run").origin.endswith("exports/ema_0.99"), "the first average of the configuration"
+    for decay in ("0.99", "0.9"):
+        shutil.rmtree(tmp_path / f"run/exports/ema_{decay}")
+    assert (tmp_path / "run/exports/ema_0.99_step_00000002").is_dir()
+    assert load_trained_mae(tmp_path / "run").origin.endswith("checkpoints/step_00000006 (ema_0.99)")

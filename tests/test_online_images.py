@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import TINY_MAE, checkpoint_tensors, launch, metrics
+from tiny_runs import TINY_MAE, checkpoint_tensors, metrics, run_tool
 
 from drift_accel import train_mae
 from drift_accel.data.crops import random_resized_crop
@@ -147,12 +147,12 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.multiprocess
-def test_two_processes_train_as_one(folder, tmp_path):
-    for count in (1, 2):
-        result = launch(
-            count, "drift_accel.train_mae", online(folder, "--precision", "float64", "--output_dir", str(tmp_path / str(count)))
-        )
-        assert result.returncode == 0, result.stderr
-    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
-    assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=1e-9)
+def test_the_vaes_part_of_a_step_is_measured_apart(folder, tmp_path):
+    arguments = [text for text in online(folder) if text not in ("--device", "cpu")]
+    report = tmp_path / "report.json"
+    measured = ["--device", "cpu", "--measured", 1, "--warmup", 0, "--report", report]
+    assert run_tool("benchmark_step", *arguments, *measured) == 0
+    results = json.loads(report.read_text())
+    seconds = results["part_seconds"]
+    assert seconds["vae"] > seconds["transfer"] > 0 and seconds["encoder"] > 0
+    assert results["flops"]["vae"] > 1e8

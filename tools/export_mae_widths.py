@@ -2,8 +2,9 @@
 
 The latent masked autoencoders of width 256 and 640 (--recipes: others), each into RUNS/NAME with its export in exports/; what is
 complete is skipped, what was interrupted goes on. --classifier_steps adds to recipes without a classifier phase one of its own,
-into RUNS/NAME_cls. --after FILE waits until another command's state file says "done" (tools/watch.py and this tool write one).
-Options behind `--` go to every training. The state is in RUNS/export_mae_widths.json; the end is a table of what is there.
+into RUNS/NAME_cls with its encoder in exports/encoder_cls. --after FILE waits until another command's state file says "done"
+(tools/watch.py and this tool write one). Options behind `--` go to every training. The state is in RUNS/export_mae_widths.json;
+the end is a table of what is there.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Stage:
     @property
     def exports(self) -> list[Path]:
         """The folders that it leaves behind."""
-        return [self.run.export_dir(average_name(decay)) for decay in self.config.ema.decays]
+        return [self.run.export_dir(name) for name in self.config.export_names.values()]
 
     def is_complete(self) -> bool:
         """Whether its last step is done and every export whole."""

@@ -24,7 +24,7 @@ from drift_accel.foundation.storage import verify_folder
 EXPORT_EVERY = 6  # steps, in the runs that are killed
 # Seconds within which the blow falls, counted from where the phase is seen.
 PHASES = {"start": 0.6, "training": 0.1, "writing": 0.1, "export": 0.1}
-TIMING = ("steps_per_second", "samples_per_second", "data_wait_share", "memory_gb")
+TIMING = ("steps_per_second", "samples_per_second", "data_wait_share", "vae_share", "memory_gb")
 GRACE = 20.0  # seconds after which a launcher ends the processes that were spared
 SLOW_FLUSH = 0.006  # seconds: as on a busy disk, so that blows fall between the files of a checkpoint
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from kill_driver import EXPORT_EVERY, draw_instants, killed, require_same_end, require_whole_checkpoints, slow_disk
+from small_caches import write_digit_pictures
 from tiny_runs import TINY_MAE, generator_arguments
 from trainer_processes import run_trainer
 
@@ -76,11 +77,25 @@ def test_thirty_kills(num_processes, more, kills, chain, encoder, whole_run, tmp
     assert hits == kills
 
 
+def digits_rows(folder: Path) -> tuple[str, ...]:
+    """The rows that the encoder is trained and validated on: the digits."""
+    return ("--validation.every", "6", "--validation.max_rows", "20")
+
+
+def encoded_rows(folder: Path) -> tuple[str, ...]:
+    """The same: pictures that the bundled VAE encodes while the run goes on."""
+    pictures = str(write_digit_pictures(folder / "pictures", 20))
+    shape = ("--mae.in_channels", "4", "--mae.input_size", "16", "--data.images.image_size", "64", "--batch_size", "4")
+    online = ("--data.source", "images", "--data.path", pictures, "--data.images.vae", "digits", "--data.images.vae_batch", "4")
+    return (*online, *shape, "--validation.every", "6", "--validation.path", pictures)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_kills_of_the_encoders_trainer(tmp_path):
+@pytest.mark.parametrize("rows", [digits_rows, encoded_rows])
+def test_kills_of_the_encoders_trainer(rows, tmp_path):
     settings = ("--steps", str(STEPS), "--checkpoint.every", "3", "--checkpoint.export_every", "6", "--classifier.steps", "8")
-    command = [*TINY_MAE, *settings, "--output_dir"]
+    command = [*TINY_MAE, *settings, *rows(tmp_path), "--output_dir"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     keep_all = ["--checkpoint.keep_last", "null"]
     run_trainer("drift_accel.train_mae", [*command, str(whole), *keep_all], tmp_path / "whole_logs")
