@@ -147,6 +147,7 @@ class GeneratorTrainingConfig(TrainingConfig):
             "drift.backend",
             "gradient_checkpointing",
             "encoder.path",
+            "encoder.preset",
             "statistics_memory_gb",
         )
         keys = (*keys, "decoder.batch", "decoder.checkpointing", "drift.keep_distances", "positives.folder")

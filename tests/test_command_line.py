@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drift_accel.foundation.command_line import configuration_dict, configuration_text, parse_command
+from drift_accel.foundation.command_line import configuration_dict, configuration_text, default_values, parse_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,3 +171,23 @@ def test_a_configuration_is_read_back_from_its_text(name, tmp_path):
     assert list(yaml.safe_load(text)) == ["minutes", "name", "oven", "sweet"]
     (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
     assert parse("--config", tmp_path / "again.yaml", "--dry_run").config == recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    needed: int
+    given: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner
+    made: Inner = field(default_factory=lambda: Inner(needed=3))
+    names: tuple[str, ...] = ("a",)
+    none: Inner | None = None
+    needed: str
+
+
+def test_defaults_of_a_configuration_are_plain_and_leave_out_what_must_be_given():
+    expected = {"inner": {"given": 2.0}, "made": {"needed": 3, "given": 2.0}, "names": ["a"], "none": None}
+    assert default_values(Outer) == expected

@@ -171,6 +171,21 @@ def test_allowed_differences_are_saved(run):
     assert run.open_configuration(asked) is True
 
 
+def test_a_key_that_the_saved_configuration_is_too_old_to_know_has_its_default(run):
+    run.open_configuration(CONFIGURATION)
+    newer = changed("optimizer.new", True) | {"positives": {"choice": "random", "map": None}}
+    defaults = {"optimizer": {"new": True}, "positives": {"choice": "random", "map": None}}
+    assert run.open_configuration(newer, defaults=defaults) is True
+    newest = newer | {"decoder": {"batch": 4}}
+    with pytest.raises(ValueError, match="decoder.batch: 8 -> 4"):
+        run.open_configuration(newest, defaults=defaults | {"decoder": {"batch": 8}})
+    # What was saved counts, whatever the default: a value, and a null where there is a section now.
+    with pytest.raises(ValueError, match='cache: "data/cache" -> "other"'):
+        run.open_configuration(newer | {"cache": "other"}, defaults=defaults | {"cache": "other"})
+    with pytest.raises(ValueError, match="weights: null -> absent\n  weights.path: absent -> 1"):
+        run.open_configuration(newer | {"weights": {"path": 1}}, defaults=defaults | {"weights": {"path": 1}})
+
+
 def test_true_is_not_one(run):
     run.open_configuration({"flag": True, "deep": [{"a": 1}]})
     with pytest.raises(ValueError, match="flag: true -> 1"):

@@ -84,6 +84,20 @@ def configuration_dict(config) -> dict[str, Any]:
     return plain_value(dataclasses.asdict(config), "configuration")
 
 
+def default_values(config_type: type) -> dict[str, Any]:
+    """The defaults of a configuration dataclass as plain nested dicts and lists, without the fields that have none."""
+    values, hints = {}, get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+            values[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        elif dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = default_values(hints[field.name])
+    return plain_value(values, "configuration")
+
+
 def configuration_text(config) -> str:
     """A configuration dataclass as YAML that `--config` reads back."""
     return yaml.safe_dump(configuration_dict(config), sort_keys=False, allow_unicode=True)

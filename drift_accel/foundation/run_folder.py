@@ -141,19 +141,25 @@ class RunFolder:
         for folder in (self.path, *(self.path / name for name in _FOLDER_NAMES)):
             remove_partial_folders(folder)
 
-    def open_configuration(self, configuration: Mapping[str, Any], may_change: Collection[str] = ()) -> bool:
+    def open_configuration(
+        self,
+        configuration: Mapping[str, Any],
+        may_change: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Save the resolved configuration, or compare it with the saved one; True if the run existed already.
 
         `may_change` are dotted keys ("checkpoint", "optimizer.lr") that an existing run may change, with all below
-        them; such changes are saved. Raises ValueError showing every other difference, TypeError for a value that
-        YAML cannot hold, and as `create` does; nothing is written then.
+        them; such changes are saved. `defaults` are the values of keys that the saved configuration is too old to know.
+        Raises ValueError showing every other difference, TypeError for a value that YAML cannot hold, and as `create`
+        does; nothing is written then.
         """
         self._refuse_foreign_folder()
         asked = plain_value(configuration, "configuration")
         if not self.config_path.exists():
             self._write_configuration(asked)
             return False
-        differences = run_records.configuration_differences(self.read_configuration(), asked)
+        differences = run_records.configuration_differences(self.read_configuration(), asked, defaults)
         refused = {key: text for key, text in differences.items() if not run_records.is_covered(key, may_change)}
         if refused:
             lines = "\n".join(f"  {key}: {text}" for key, text in refused.items())

@@ -26,9 +26,17 @@ def flatten_configuration(configuration: Mapping[str, Any], prefix: str = "") ->
     return flat
 
 
-def configuration_differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, str]:
-    """{dotted key: "saved -> asked"} for each value that two plain configurations do not share."""
+def configuration_differences(
+    saved: Mapping[str, Any], asked: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """{dotted key: "saved -> asked"} for each value that two plain configurations do not share.
+
+    A key that `saved` does not know has its value of `defaults`: what was saved before the key existed ran as the default does.
+    """
     flat_saved, flat_asked = flatten_configuration(saved), flatten_configuration(asked)
+    for key, value in flatten_configuration(defaults or {}).items():
+        if not any(is_covered(key, (known,)) or is_covered(known, (key,)) for known in flat_saved):
+            flat_saved[key] = value
     differences = {}
     for key in sorted(flat_saved.keys() | flat_asked.keys()):
         before, after = flat_saved.get(key, _ABSENT), flat_asked.get(key, _ABSENT)

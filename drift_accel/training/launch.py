@@ -16,7 +16,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from drift_accel.foundation.collectives import require_agreement, run_on_main, world_group
-from drift_accel.foundation.command_line import configuration_dict
+from drift_accel.foundation.command_line import configuration_dict, default_values
 from drift_accel.foundation.devices import pin_launched_device
 from drift_accel.foundation.provenance import collect_provenance, hash_configuration
 from drift_accel.foundation.random_streams import random_stream
@@ -125,7 +125,7 @@ def open_run(
                 f"{output_dir} has {done} steps already but steps is {config.steps}: raise it, or use another folder"
             )
         run.create()
-        run.open_configuration(configuration, may_change=config.may_change)
+        run.open_configuration(configuration, config.may_change, default_values(type(config)))
         session = collect_provenance(command=sys.argv, configuration_hash=digest)
         provenance["sessions"].append({**session, "num_processes": accelerator.num_processes})
         atomic_write_json(run.provenance_path, provenance)

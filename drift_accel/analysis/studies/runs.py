@@ -14,7 +14,7 @@ from typing import Protocol
 
 from drift_accel.analysis.studies.study import Study, Variant
 from drift_accel.evaluation.work_state import WorkState
-from drift_accel.foundation.command_line import configuration_dict
+from drift_accel.foundation.command_line import configuration_dict, default_values
 from drift_accel.foundation.run_folder import RunFolder
 from drift_accel.foundation.run_records import configuration_differences, duration_text, is_covered
 from drift_accel.training.averages import export_names
@@ -125,7 +125,8 @@ def _checked(study: Study, variant: Variant, check: CheckConfiguration) -> Train
 def _plan_run(study: Study, variant: Variant, seed: int, config: TrainingConfig, output_dir: Path) -> StudyRun:
     run = RunFolder(output_dir / "runs" / variant.name / f"seed_{seed}")
     if run.config_path.exists():
-        differences = configuration_differences(run.read_configuration(), configuration_dict(config))
+        asked, defaults = configuration_dict(config), default_values(type(config))
+        differences = configuration_differences(run.read_configuration(), asked, defaults)
         refused = [f"{key}: {text}" for key, text in differences.items() if not is_covered(key, config.may_change)]
         if refused:
             raise ValueError(
