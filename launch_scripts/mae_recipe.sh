@@ -14,6 +14,10 @@ command -v "$python" >/dev/null || { echo "mae_recipe: no $python; run launch_sc
 gpus=${NUM_GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)}
 [ "$gpus" -gt 0 ] || { echo "mae_recipe: no GPU found; set NUM_GPUS" >&2; exit 1; }
 machines=${NUM_MACHINES:-1}
+if [ -n "${ACCELERATE_CONFIG:-}" ] && [ "$machines" -gt 1 ]; then
+  echo "mae_recipe: ACCELERATE_CONFIG is for one machine: leave it out where NUM_MACHINES is more than 1" >&2
+  exit 2
+fi
 total=$((gpus * machines))
 batch=${BATCH_SIZE:-8192}
 at_once=${IMAGES_AT_ONCE:-128}

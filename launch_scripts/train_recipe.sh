@@ -17,6 +17,10 @@ gpus=${NUM_GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)}
 [ "$gpus" -gt 0 ] || { echo "train_recipe: no GPU found; set NUM_GPUS" >&2; exit 1; }
 
 machines=${NUM_MACHINES:-1}
+if [ -n "${ACCELERATE_CONFIG:-}" ] && { [ "$machines" -gt 1 ] || [ "${SHARDING:-ddp}" != ddp ]; }; then
+  echo "train_recipe: ACCELERATE_CONFIG is for one machine and says how weights are split: leave out NUM_MACHINES and SHARDING, or it" >&2
+  exit 2
+fi
 total=$((gpus * machines))
 
 launch=("$python" -m accelerate.commands.launch --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)

@@ -119,6 +119,9 @@ def test_a_script_shards_on_request_and_refuses_nonsense(run_script):
     assert result.returncode == 2 and "choose ddp or fsdp2" in result.stderr and calls == []
     result, _ = run_script("ablation_b2")
     assert result.returncode == 1 and "no GPU found; set NUM_GPUS" in result.stderr
+    for other in ({"SHARDING": "fsdp2"}, {"NUM_MACHINES": "2"}):
+        result, calls = run_script("ablation_b2", NUM_GPUS="2", ACCELERATE_CONFIG="my.yaml", **other)
+        assert result.returncode == 2 and "ACCELERATE_CONFIG is for one machine" in result.stderr and not calls
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch_scripts/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
