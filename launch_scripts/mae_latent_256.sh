@@ -16,9 +16,7 @@ export NUM_GPUS=${NUM_GPUS:-}  # default: all of this machine; the step stays th
 export IMAGES_AT_ONCE=${IMAGES_AT_ONCE:-256}  # images of a GPU that pass through the network at once; memory and speed alone
 export BATCH_SIZE=${BATCH_SIZE:-8192}  # images of a step on all GPUs, as published
 export NUM_MACHINES=${NUM_MACHINES:-1}  # several: also MACHINE_RANK, MAIN_ADDRESS, MAIN_PORT, see multi_node.sh
-INIT_FROM=${INIT_FROM:-}  # a finished encoder: train a classifier phase from it
-CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-3000}  # its steps
-CLASSIFIER_LR=${CLASSIFIER_LR:-1.0e-3}  # its learning rate, after a warm-up of a tenth of them
-[ -z "$INIT_FROM" ] || set -- --init_from "$INIT_FROM" --steps "$CLASSIFIER_STEPS" --classifier.steps "$CLASSIFIER_STEPS" \
-  --optimizer.lr "$CLASSIFIER_LR" --optimizer.warmup_steps $((CLASSIFIER_STEPS / 10)) "$@"
+export INIT_FROM=${INIT_FROM:-}  # a finished encoder: train a classifier phase from it
+export CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-3000}  # its steps
+export CLASSIFIER_LR=${CLASSIFIER_LR:-1.0e-3}  # its learning rate, after a warm-up of a tenth of them
 exec bash "$(dirname "${BASH_SOURCE[0]}")/mae_recipe.sh" train_configs/mae_latent_256.yaml "$@"

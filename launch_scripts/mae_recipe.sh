@@ -38,6 +38,10 @@ if [ -n "${HELD_OUT:-}" ]; then
 else
   options+=(--validation.every null --validation.path null)
 fi
+if [ -n "${INIT_FROM:-}" ]; then
+  options+=(--init_from "$INIT_FROM" --steps "$CLASSIFIER_STEPS" --classifier.steps "$CLASSIFIER_STEPS")
+  options+=(--optimizer.lr "$CLASSIFIER_LR" --optimizer.warmup_steps $((CLASSIFIER_STEPS / 10)))
+fi
 options+=("$@")
 echo "mae_recipe: $batch images a step on $total GPU(s), $here each in $parts part(s)"
 if [ "$machines" -gt 1 ]; then

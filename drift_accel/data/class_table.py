@@ -98,13 +98,11 @@ class ClassTable:
     @classmethod
     def read(cls, path: str | os.PathLike) -> "ClassTable":
         """Read what `write` wrote. Raises FileNotFoundError, ValueError for a file that is no class table."""
-        path = Path(path)
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no class table at {path}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}): make it again") from None
+        return cls.from_content(read_table_content(path), path)
+
+    @classmethod
+    def from_content(cls, content: Any, path: str | os.PathLike) -> "ClassTable":
+        """The table of what `write` wrote to `path`, parsed. Raises ValueError naming the file for other content."""
         try:
             return cls(list(_entries(content)))
         except ValueError as error:
@@ -190,6 +188,17 @@ def read_synsets(meta: bytes, source: str = "meta.mat") -> list[Synset]:
             raise ValueError(f"{source} has two classes with the {label} {twice}; get the devkit again")
     # Some names hold a comma of their own without a space; torchvision cuts at the same place.
     return [Synset(devkit_id=number, wnid=wnid, names=tuple(words.strip().split(", "))) for number, wnid, words, _ in leaves]
+
+
+def read_table_content(path: str | os.PathLike, remedy: str = "make it again") -> Any:
+    """The parsed JSON of a class table's file. Raises FileNotFoundError, ValueError with the remedy for what is no JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no class table at {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): {remedy}") from None
 
 
 def _entries(content: Any) -> Iterator[ClassEntry]:

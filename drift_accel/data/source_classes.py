@@ -1,6 +1,5 @@
 """Which class a picture of a source belongs to, by its key: nothing unknown ever becomes a class."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drift_accel.data.class_table import ClassEntry, ClassTable
+from drift_accel.data.class_table import ClassEntry, ClassTable, read_table_content
 
 NUM_IMAGENET_CLASSES = 1000
 _SYNSET = re.compile(r"n\d{8}")
@@ -19,15 +18,9 @@ def read_class_table(path: str | os.PathLike) -> ClassTable:
 
     Raises FileNotFoundError, ValueError for a file that is neither.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no class table at {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): give a class table") from None
+    content = read_table_content(path, "give a class table")
     if not isinstance(content, dict) or "format" in content or not content:
-        return ClassTable.read(path)
+        return ClassTable.from_content(content, path)
     try:
         labels = sorted(content, key=int)
         entries = []

@@ -31,9 +31,16 @@ def asked_evaluator(arguments: argparse.Namespace, device, workers: Workers) -> 
     run = RunFolder(arguments.run)
     if not run.config_path.is_file():
         raise ValueError(f"{arguments.run} is no run: it has no {run.config_path.name}")
+    return described_evaluator(arguments, run, run.evaluation_dir, device, workers)
+
+
+def described_evaluator(
+    arguments: argparse.Namespace, run: RunFolder, reference_dir: Path, device, workers: Workers
+) -> RunEvaluator:
+    """`asked_evaluator` of a run that need not exist yet; a reference in the making lies in `reference_dir`."""
     config = asked_metrics(arguments)
     network = asked_network(arguments, device, spatial="sfid" in (config.metrics or ()))
-    reference = asked_reference(arguments, network, run.evaluation_dir / "reference.in_progress", workers)
+    reference = asked_reference(arguments, network, reference_dir / "reference.in_progress", workers)
     return RunEvaluator(
         run=run,
         network=network,

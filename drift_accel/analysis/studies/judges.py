@@ -12,17 +12,10 @@ from typing import Any
 from drift_accel.analysis.studies.study import DIGITS, StudyEvaluation
 from drift_accel.data.latent_export import Workers
 from drift_accel.evaluation import digits
-from drift_accel.evaluation.network_options import (
-    add_metric_options,
-    add_network_options,
-    asked_metrics,
-    asked_network,
-    asked_reference,
-)
+from drift_accel.evaluation.network_options import add_metric_options, add_network_options, asked_metrics
 from drift_accel.evaluation.protocols import PROTOCOLS
 from drift_accel.evaluation.results import load_result
-from drift_accel.evaluation.run_evaluator import RunEvaluator
-from drift_accel.evaluation.run_options import add_run_options
+from drift_accel.evaluation.run_options import add_run_options, described_evaluator
 from drift_accel.evaluation.sweeps import Point, result_name
 from drift_accel.foundation.devices import find_device
 from drift_accel.foundation.provenance import collect_provenance
@@ -72,23 +65,9 @@ class ProtocolJudge:
     def __init__(self, evaluation: StudyEvaluation, work_dir: Path):
         self.evaluation = evaluation
         options = _parse_options(evaluation)
-        config = asked_metrics(options)
-        device = find_device(options.device)
-        network = asked_network(options, device, spatial="sfid" in (config.metrics or ()))
-        self._evaluator = RunEvaluator(
-            run=RunFolder(work_dir),
-            network=network,
-            reference=asked_reference(options, network, work_dir / "reference.in_progress", Workers()),
-            metrics=config,
-            seed=evaluation.seed,
-            classes=options.classes,
-            vae=options.vae,
-            vae_dtype=options.vae_dtype,
-            vae_batch=options.vae_batch,
-            quantizer=options.quantizer,
-            device=device,
-            command=sys.argv,
-        )
+        self._evaluator = described_evaluator(
+            options, RunFolder(work_dir), work_dir, find_device(options.device), Workers()
+        )  # fmt: skip
 
     def result(self, run: RunFolder) -> dict[str, float] | None:
         """The numbers that are there, if they were made in this way and of the export that is there."""
@@ -163,7 +142,7 @@ def _parse_options(evaluation: StudyEvaluation) -> argparse.Namespace:
     add_run_options(parser)
     add_network_options(parser)
     add_metric_options(parser)
-    given = {"protocol": evaluation.protocol, "seed": evaluation.seed, **evaluation.options}
+    given = {"protocol": evaluation.protocol, **evaluation.options, "seed": evaluation.seed}
     return parser.parse_args(["study", *_as_arguments(given)])
 
 
