@@ -1,9 +1,6 @@
 """tools/reference_stats.py, evaluate.py and compare_results.py: the whole path, resumed, refused, in several processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +8,11 @@ import pytest
 from PIL import Image
 from stand_in_inception import write_stand_in
 from tiny_models import call_tool, tiny_vae, write_encoder, write_export, write_run
+from tiny_runs import launch_tool
 
 from drift_accel.evaluation.results import load_result
 from drift_accel.evaluation.statistics import load_reference
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
@@ -114,20 +111,7 @@ def test_an_inception_protocol_from_pictures_to_a_line(place, tmp_path, monkeypa
 @pytest.mark.multiprocess
 def test_two_processes_give_the_same_result(place, tmp_path):
     call_tool("evaluate", place / "run", *options(place), "--output", tmp_path / "one.json")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_processes",
-        "2",
-    ]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "tools/evaluate.py")]
-    command = [*launch, str(place / "run"), *map(str, options(place)), "--output", str(tmp_path / "two.json")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = launch_tool("evaluate", place / "run", *options(place), "--output", tmp_path / "two.json")
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (load_result(tmp_path / f"{name}.json") for name in ("one", "two"))
     assert two["provenance"]["num_processes"] == 2

@@ -1,13 +1,10 @@
 """Evaluations by several processes: what fails on one ends for all, with its message, and nobody waits for ever."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from tiny_models import write_encoder, write_run
-from tiny_runs import ROOT
+from tiny_runs import launch_tool
 
 from drift_accel.evaluation.results import load_result
 
@@ -18,23 +15,6 @@ SECONDS = 240  # far more than two processes need under load; a process that wai
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return write_encoder(tmp_path_factory.mktemp("encoder") / "mae")
-
-
-def launch_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--main_process_port",
-        "0",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / f"tools/{name}.py")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    full = [*command, *map(str, arguments)]
-    return subprocess.run(full, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
 def options(encoder) -> tuple:
@@ -48,7 +28,7 @@ def test_a_watcher_goes_on_together_after_an_error_of_its_first_process(encoder,
     in_the_way = run / "evaluation/encoder_step_00000010_guidance_1_n70.in_progress"
     in_the_way.mkdir(parents=True)
     (in_the_way / "mine.txt").write_text("not yours")
-    done = launch_tool("watch", run, *options(encoder), "--num_samples", 70, "--poll_seconds", 0.1)
+    done = launch_tool("watch", run, *options(encoder), "--num_samples", 70, "--poll_seconds", 0.1, timeout=SECONDS)
     assert done.returncode != 0
     state = json.loads((run / "evaluation/watch/state.json").read_text())
     assert state["now"] == "failed: checkpoint 10"
@@ -65,7 +45,7 @@ def test_an_evaluation_ends_on_all_processes_with_the_message(encoder, tmp_path)
     run = write_run(tmp_path / "run")
     output = tmp_path / "result.json"
     (tmp_path / "result.in_progress").write_text("a file where the chunks would go")
-    done = launch_tool("evaluate", run, *options(encoder), "--num_samples", 70, "--output", output)
+    done = launch_tool("evaluate", run, *options(encoder), "--num_samples", 70, "--output", output, timeout=SECONDS)
     assert done.returncode != 0 and not output.exists()
     assert "result.in_progress" in done.stderr
     assert "process 0, " in done.stderr  # said by a process that would have waited for it
@@ -76,7 +56,7 @@ def test_a_bundle_notes_what_fails_and_the_rest_is_refused_together(encoder, tmp
     run = write_run(tmp_path / "run")
     (run / "evaluation/bundle_checkpoints.csv").mkdir(parents=True)  # the first process cannot write its table
     command = (run, *options(encoder), "--num_samples", 70, "--poll_seconds", 0.1, "--then", "bundle", "--full_samples", 80)
-    done = launch_tool("watch", *command, "--bundle_guidance", "1.0,2.0")
+    done = launch_tool("watch", *command, "--bundle_guidance", "1.0,2.0", timeout=SECONDS)
     assert done.returncode != 0
     state = json.loads((run / "evaluation/watch/state.json").read_text())
     assert state["now"].startswith("failed: last_checkpoints")

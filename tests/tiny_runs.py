@@ -53,11 +53,23 @@ def launch(num_processes: int, module: str, arguments: list[str], *, timeout: fl
 
 
 def launch_command(num_processes: int, module: str, arguments: list[str]) -> list[str]:
-    """The command line that starts `num_processes` processes on this machine's CPU."""
+    """The command line that starts a module in `num_processes` processes on this machine's CPU."""
+    return [*_launcher(num_processes), "-m", module, *arguments]
+
+
+def _launcher(num_processes: int) -> list[str]:
     several = ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else []
     counts = ["--num_processes", str(num_processes), "--num_machines", "1"]
     plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *several, *counts, *plain, "-m", module, *arguments]
+    return [sys.executable, "-m", "accelerate.commands.launch", *several, *counts, *plain]
+
+
+def launch_tool(name: str, *arguments: object, num_processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+    """A command of tools/ in several processes on this machine's CPU, to its end."""
+    command = [*_launcher(num_processes), str(ROOT / f"tools/{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, env=launch_environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )  # fmt: skip
 
 
 def launch_environment() -> dict[str, str]:
